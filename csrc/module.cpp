@@ -1,0 +1,28 @@
+// fastllm._C: importing it registers the operations; it tells what was built and steers the memory pool.
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.h"
+#include "ops/pool.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastllm's compiled operations (torch.ops.fastllm) and memory pool";
+  m.def("cpu_capability", [] { return fastllm::cpu::isa_name(fastllm::cpu::current_isa()); });
+  m.def("pool_limit", [] { return fastllm::pool::stats().limit; });
+  m.def("set_pool_limit", [](int64_t bytes) {
+    if (bytes < 0) throw py::value_error("set_pool_limit: bytes must be >= 0, got " + std::to_string(bytes));
+    fastllm::pool::set_limit(bytes);
+  });
+  m.def("pool_clear", &fastllm::pool::clear);
+  m.def("pool_stats", [] {
+    const auto s = fastllm::pool::stats();
+    py::dict d;
+    d["limit"] = s.limit;
+    d["idle"] = s.idle;
+    d["in_use"] = s.in_use;
+    d["hits"] = s.hits;
+    d["misses"] = s.misses;
+    return d;
+  });
+}

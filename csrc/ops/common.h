@@ -1,0 +1,92 @@
+// What every operation's torch-facing file shares: the dtype tag, saved state of a node, second derivatives.
+#pragma once
+#include <ATen/ATen.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "../cpu/types.h"
+#include "pool.h"
+
+namespace fastllm {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+
+inline bool is_served_dtype(at::ScalarType t) {
+  return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
+}
+
+inline DType dtype_tag(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::kF32;
+    case at::kDouble: return DType::kF64;
+    case at::kBFloat16: return DType::kBF16;
+    case at::kHalf: return DType::kF16;
+    default: TORCH_CHECK(false, "fastllm: no kernel for dtype ", t.scalar_type());
+  }
+}
+
+// The dtype in which sums over `t` are kept.
+inline at::ScalarType acc_dtype(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
+
+inline const void* data(const Tensor& t) { return t.const_data_ptr(); }
+inline const void* data(const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
+
+inline bool defined(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+inline bool requires_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
+inline bool requires_grad(const OptionalTensor& t) { return t.has_value() && requires_grad(*t); }
+
+// True where tensors hold numbers: no fake tensors, no mode that records what is called. Only then may a node look at
+// values or hand a saved buffer over.
+template <class... Tensors>
+bool is_concrete(const Tensors&... tensors) {
+  return !c10::impl::dispatch_mode_enabled() && (!at::isTensorSubclassLike(tensors) && ...);
+}
+
+// A gradient formed in forward, under the assumption that the incoming gradient is 1. The engine clones a gradient
+// that a node still holds, so it is moved out, unless the graph is kept for another backward.
+inline Tensor take_saved(AutogradContext* ctx, const char* name) {
+  auto it = ctx->saved_data.find(name);
+  TORCH_CHECK(it != ctx->saved_data.end(),
+              "Trying to backward through the graph a second time. Specify retain_graph=True if you need it.");
+  Tensor saved = it->second.toTensor();
+  if (torch::autograd::get_current_graph_task_keep_graph()) return saved.clone();
+  ctx->saved_data.erase(it);
+  return saved;
+}
+
+// Gradients that can themselves be differentiated (create_graph=True): the definition, in PyTorch's own differentiable
+// operations, is run on `inputs` and differentiated. Inputs that need none get an undefined gradient.
+template <class Definition>
+variable_list differentiate(Definition definition, const variable_list& inputs, const std::vector<bool>& needed,
+                            const Tensor& grad_output) {
+  at::AutoGradMode enable(true);
+  variable_list arguments, wanted;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const bool need = needed[i] && inputs[i].defined() && inputs[i].requires_grad();
+    // An alias that is not a leaf: first derivatives stop at it, second ones pass through it to the caller's graph.
+    arguments.push_back(need ? inputs[i].view_as(inputs[i]) : inputs[i]);
+    if (need) wanted.push_back(arguments.back());
+  }
+  if (wanted.empty()) return variable_list(inputs.size());
+  const Tensor output = definition(arguments);
+  const variable_list found = torch::autograd::grad({output}, wanted, {grad_output}, /*retain_graph=*/true,
+                                                    /*create_graph=*/true, /*allow_unused=*/true);
+  variable_list grads(inputs.size());
+  size_t next = 0;
+  for (size_t i = 0; i < inputs.size(); ++i)
+    if (needed[i] && inputs[i].defined() && inputs[i].requires_grad()) grads[i] = found[next++];
+  return grads;
+}
+
+}  // namespace fastllm

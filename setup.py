@@ -1,0 +1,197 @@
+"""Builds fastllm and its compiled operations, ``fastllm._C``.
+
+The kernels of ``csrc/cpu`` are compiled once per instruction set, the torch-facing layer once with base-line flags; ninja
+runs the compilers. Without PyTorch or a compiler the package still installs and runs on its eager backend.
+
+Environment: CXX (compiler), MAX_JOBS (parallel compilers), FASTLLM_WERROR=1 (warnings are errors),
+FASTLLM_SANITIZE=address (a sanitizer build), FASTLLM_REQUIRE_NATIVE=1 (a failed build is an error).
+"""
+
+import datetime
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+X86 = platform.machine() in ("x86_64", "AMD64")
+COMMON_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",  # g++ 12 finds it in its own intrinsics
+]
+ISA_FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+}
+ISAS = list(ISA_FLAGS) if X86 else ["portable"]
+PLAIN_CPU_FILES = {"isa.cpp"}  # in csrc/cpu, yet no kernels
+
+
+def version():
+    for line in (ROOT / "fastllm" / "_version.py").read_text().splitlines():
+        if line.startswith("__version__"):
+            return line.split('"')[1]
+    raise RuntimeError("fastllm/_version.py holds no __version__")
+
+
+class CannotBuild(Exception):
+    """The compiled operations cannot be built here; the message says why."""
+
+
+def find_compiler():
+    cxx = os.environ.get("CXX", "g++")
+    if shutil.which(cxx.split()[0]) is None:
+        raise CannotBuild(f"no C++ compiler: '{cxx}' was not found (Debian: apt-get install g++; or set CXX)")
+    first_line = subprocess.run([*cxx.split(), "--version"], capture_output=True, text=True).stdout.splitlines()[:1]
+    return cxx, first_line[0] if first_line else "unknown"
+
+
+def find_torch():
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise CannotBuild(
+            f"PyTorch cannot be imported in the build environment ({error}); install torch first, then "
+            "'pip install --no-build-isolation .'"
+        ) from error
+    return torch, cpp_extension
+
+
+def find_ninja():
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            raise CannotBuild("ninja was not found: pip install ninja") from None
+        return found
+
+
+def compile_steps(out):
+    """Yields (source, object, extra flags) of every translation unit."""
+    arch = ["-DFASTLLM_X86"] if X86 else []
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        if source.name in PLAIN_CPU_FILES:
+            yield source, out / f"{source.stem}.o", arch
+            continue
+        for isa in ISAS:
+            flags = [*arch, *ISA_FLAGS[isa], f"-DFASTLLM_ISA={isa}"]
+            yield source, out / f"{source.stem}.{isa}.o", flags
+    for source in [ROOT / "csrc" / "module.cpp", *sorted((ROOT / "csrc" / "ops").glob("*.cpp"))]:
+        yield source, out / f"ops_{source.stem}.o", arch
+
+
+def escape(path):
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def write_ninja(path, target, cxx, torch, cpp_extension, python_include):
+    flags = list(COMMON_FLAGS)
+    link = ["-shared"]
+    if os.environ.get("FASTLLM_WERROR") == "1":
+        flags.append("-Werror")
+    sanitizer = os.environ.get("FASTLLM_SANITIZE")
+    if sanitizer:
+        flags += [f"-fsanitize={sanitizer}", "-g", "-fno-omit-frame-pointer"]
+        link.append(f"-fsanitize={sanitizer}")
+    # PyTorch's headers as system headers: their warnings are not ours. _OPENMP gives at::parallel_for its threads.
+    includes = [*cpp_extension.include_paths(), python_include]
+    flags += ["-fopenmp", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    flags += [f"-isystem '{p}'" for p in includes]
+    # No rpath: the package imports torch first, which loads these libraries.
+    link += [f"-L'{directory}'" for directory in cpp_extension.library_paths()]
+    link += ["-ltorch", "-ltorch_cpu", "-lc10", "-fopenmp"]
+    steps = list(compile_steps(path.parent))
+    lines = [
+        f"cxx = {cxx}",
+        "rule compile",
+        f"  command = $cxx -MMD -MF $out.d {' '.join(flags)} $extra -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx $in {' '.join(link)} -o $out",
+    ]
+    for source, obj, extra in steps:
+        lines += [f"build {escape(obj)}: compile {escape(source)}", f"  extra = {' '.join(extra)}"]
+    lines.append(f"build {escape(target)}: link {' '.join(escape(obj) for _, obj, _ in steps)}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+class NativeBuild(build_ext):
+    """Builds the one extension with ninja and records what it was built with."""
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.build_native(target)
+        except CannotBuild as reason:
+            target.unlink(missing_ok=True)
+            (target.parent / "_build_info.py").unlink(missing_ok=True)
+            if os.environ.get("FASTLLM_REQUIRE_NATIVE") == "1":
+                raise SystemExit(f"fastllm: {reason}") from reason
+            print(f"\nfastllm: the compiled operations are NOT built: {reason}", file=sys.stderr)
+            print("fastllm: the package works without them, on its eager backend.\n", file=sys.stderr)
+
+    def build_native(self, target):
+        import sysconfig
+
+        torch, cpp_extension = find_torch()
+        cxx, cxx_version = find_compiler()
+        ninja = find_ninja()
+        build_dir = Path(self.build_temp).absolute() / os.environ.get("FASTLLM_SANITIZE", "release")
+        build_dir.mkdir(parents=True, exist_ok=True)
+        ninja_file = build_dir / "build.ninja"
+        write_ninja(ninja_file, target, cxx, torch, cpp_extension, sysconfig.get_paths()["include"])
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        if subprocess.run([ninja, "-f", str(ninja_file), "-j", jobs], cwd=build_dir).returncode != 0:
+            raise CannotBuild(f"the compiler failed (see above); it was: {cxx_version}")
+        info = {
+            "version": version(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cxx": cxx,
+            "cxx_version": cxx_version,
+            "isa": ISAS,
+            "cuda": None,
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        }
+        (target.parent / "_build_info.py").write_text(f'"""Written by setup.py."""\n\nBUILD = {info!r}\n')
+
+    def copy_extensions_to_source(self):
+        built = Path(self.get_ext_fullpath("fastllm._C")).parent / "_build_info.py"
+        if not built.exists():
+            return
+        super().copy_extensions_to_source()
+        shutil.copy(built, ROOT / "fastllm" / "_build_info.py")
+
+    def get_outputs(self):
+        outputs = [path for path in super().get_outputs() if Path(path).exists()]
+        return outputs + [str(Path(path).parent / "_build_info.py") for path in outputs]
+
+
+sources = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.cpp"))]
+setup(
+    version=version(),
+    ext_modules=[Extension("fastllm._C", sources=sources)],
+    cmdclass={"build_ext": NativeBuild},
+)

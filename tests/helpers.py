@@ -1,0 +1,87 @@
+"""The one yardstick of the tests: float64 truth, and PyTorch's own error in the same dtype beside ours."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INSTRUCTION_SETS = ("default", "avx2", "avx512")  # values of ATEN_CPU_CAPABILITY
+
+# What is granted on top of twice PyTorch's error, relative to the size of the result.
+EPSILON = {torch.float32: 2e-6, torch.float64: 4e-15, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def _run(function: Callable, inputs: Sequence, dtype: torch.dtype | None, seed: int):
+    """Output, and the gradients of the inputs that require one for a random incoming gradient."""
+    args = []
+    for value in inputs:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            copy = value.detach()
+            if dtype is not None:
+                copy = copy.to(dtype)
+            args.append(copy.requires_grad_(value.requires_grad))
+        else:
+            args.append(value)
+    output = function(*args)
+    wanted = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    if not wanted:
+        return output, []
+    generator = torch.Generator().manual_seed(seed)
+    # Drawn in the inputs' own dtype, so that every run differentiates with the same incoming gradient.
+    low = next(v.dtype for v in inputs if isinstance(v, torch.Tensor) and v.is_floating_point())
+    incoming = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(low).to(output)
+    return output, list(torch.autograd.grad(output, wanted, incoming))
+
+
+def _error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest absolute error; infinite where one is NaN or infinite and the other is not the same."""
+    value, truth = value.detach().double(), truth.detach().double()
+    same = (value == truth) | (value.isnan() & truth.isnan())
+    difference = torch.where(same, torch.zeros_like(truth), (value - truth).abs())
+    if difference.numel() == 0:
+        return 0.0
+    return float(torch.nan_to_num(difference, nan=float("inf")).max())
+
+
+def check_against_float64(
+    ours: Callable, reference: Callable, inputs: Sequence, *, seed: int = 0, factor: float = 2.0, slack: float = 1.0
+) -> None:
+    """Assert ``error(ours) <= factor * error(PyTorch) + slack * epsilon * max|truth|``, output and every gradient.
+
+    ``reference`` is run twice: in float64 for the truth, and in the inputs' dtype for PyTorch's own error. Inputs are
+    tensors (those that require a gradient are differentiated) and anything else, passed through.
+    """
+    dtype = next(v.dtype for v in inputs if isinstance(v, torch.Tensor) and v.is_floating_point())
+    got, got_grads = _run(ours, inputs, None, seed)
+    truth, truth_grads = _run(reference, inputs, torch.float64, seed)
+    eager, eager_grads = _run(reference, inputs, None, seed)
+    assert got.shape == eager.shape and got.dtype == eager.dtype, (got.shape, got.dtype, eager.shape, eager.dtype)
+    names = ["output", *(f"gradient {i}" for i in range(len(got_grads)))]
+    for name, g, t, e in zip(
+        names, [got, *got_grads], [truth, *truth_grads], [eager, *eager_grads], strict=True
+    ):
+        assert g.shape == e.shape and g.dtype == e.dtype, (name, g.shape, g.dtype, e.shape, e.dtype)
+        # A result beyond the dtype's range is infinite for PyTorch too: compare what the dtype can hold.
+        t = torch.where(t.abs() > torch.finfo(dtype).max, t.to(dtype).double(), t.double())
+        finite = t[torch.isfinite(t)]
+        size = float(finite.abs().max()) if finite.numel() else 0.0
+        bound = factor * min(_error(e, t), size if size else float("inf")) + slack * EPSILON[dtype] * size + 1e-45
+        error = _error(g, t)
+        assert error <= bound, f"{name}: error {error:.3g} > {bound:.3g} (PyTorch's {_error(e, t):.3g}, max {size:.3g})"
+
+
+def run_python(code: str, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run ``code`` in a fresh interpreter (an instruction set is chosen once per process)."""
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **(env or {})},
+    )
