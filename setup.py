@@ -1,7 +1,7 @@
 """Builds fastllm and its compiled operations, ``fastllm._C``.
 
-The kernels of ``csrc/cpu`` are compiled once per instruction set, the torch-facing layer once with base-line flags; ninja
-runs the compilers. Without PyTorch or a compiler the package still installs and runs on its eager backend.
+The kernels of ``csrc/cpu`` are compiled once per instruction set, the torch-facing layer once with base-line flags;
+ninja runs the compilers. Without PyTorch or a compiler the package still installs and runs on its eager backend.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compilers), FASTLLM_WERROR=1 (warnings are errors),
 FASTLLM_SANITIZE=address (a sanitizer build), FASTLLM_REQUIRE_NATIVE=1 (a failed build is an error).

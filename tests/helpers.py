@@ -61,9 +61,7 @@ def check_against_float64(
     eager, eager_grads = _run(reference, inputs, None, seed)
     assert got.shape == eager.shape and got.dtype == eager.dtype, (got.shape, got.dtype, eager.shape, eager.dtype)
     names = ["output", *(f"gradient {i}" for i in range(len(got_grads)))]
-    for name, g, t, e in zip(
-        names, [got, *got_grads], [truth, *truth_grads], [eager, *eager_grads], strict=True
-    ):
+    for name, g, t, e in zip(names, [got, *got_grads], [truth, *truth_grads], [eager, *eager_grads], strict=True):
         assert g.shape == e.shape and g.dtype == e.dtype, (name, g.shape, g.dtype, e.shape, e.dtype)
         # A result beyond the dtype's range is infinite for PyTorch too: compare what the dtype can hold.
         t = torch.where(t.abs() > torch.finfo(dtype).max, t.to(dtype).double(), t.double())

@@ -28,8 +28,6 @@ Isa current_isa() {
   return isa;
 }
 
-const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "AVX512" : isa == Isa::kAvx2 ? "AVX2" : "DEFAULT";
-}
+const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "AVX512" : isa == Isa::kAvx2 ? "AVX2" : "DEFAULT"; }
 
 }  // namespace fastllm::cpu

@@ -15,35 +15,34 @@ const char* isa_name(Isa isa);
 }  // namespace fastllm::cpu
 
 // Declares the three tables of `Table` function pointers and `op()`, the one for this processor.
-#define FASTLLM_DECLARE_KERNELS(Table, op)                  \
-  namespace fastllm::cpu {                                  \
-  namespace portable {                                      \
-  extern const Table op##_kernels;                          \
-  }                                                         \
-  namespace avx2 {                                          \
-  extern const Table op##_kernels;                          \
-  }                                                         \
-  namespace avx512 {                                        \
-  extern const Table op##_kernels;                          \
-  }                                                         \
-  const Table& op();                                        \
+#define FASTLLM_DECLARE_KERNELS(Table, op) \
+  namespace fastllm::cpu {                 \
+  namespace portable {                     \
+  extern const Table op##_kernels;         \
+  }                                        \
+  namespace avx2 {                         \
+  extern const Table op##_kernels;         \
+  }                                        \
+  namespace avx512 {                       \
+  extern const Table op##_kernels;         \
+  }                                        \
+  const Table& op();                       \
   }
 
 // In csrc/ops/<op>.cpp (base-line flags): the body of `op()`. On a machine other than x86-64 only `portable` is built.
 #ifdef FASTLLM_X86
-#define FASTLLM_DEFINE_DISPATCH(Table, op)                  \
-  namespace fastllm::cpu {                                  \
-  const Table& op() {                                       \
-    static const Table& table =                             \
-        current_isa() == Isa::kAvx512 ? avx512::op##_kernels \
-        : current_isa() == Isa::kAvx2 ? avx2::op##_kernels  \
-                                      : portable::op##_kernels; \
-    return table;                                           \
-  }                                                         \
+#define FASTLLM_DEFINE_DISPATCH(Table, op)                                              \
+  namespace fastllm::cpu {                                                              \
+  const Table& op() {                                                                   \
+    static const Table& table = current_isa() == Isa::kAvx512 ? avx512::op##_kernels    \
+                                : current_isa() == Isa::kAvx2 ? avx2::op##_kernels      \
+                                                              : portable::op##_kernels; \
+    return table;                                                                       \
+  }                                                                                     \
   }
 #else
-#define FASTLLM_DEFINE_DISPATCH(Table, op)                  \
-  namespace fastllm::cpu {                                  \
-  const Table& op() { return portable::op##_kernels; }      \
+#define FASTLLM_DEFINE_DISPATCH(Table, op)             \
+  namespace fastllm::cpu {                             \
+  const Table& op() { return portable::op##_kernels; } \
   }
 #endif

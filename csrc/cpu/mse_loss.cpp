@@ -1,8 +1,8 @@
 // Mean squared error, loss and gradient in one pass.
 //
 // Eager PyTorch reads input and target, writes the squares, reads them for the sum, then reads input and target again
-// and writes the gradient: 7 streams and a fresh temporary. Here: two reads, one write. Differences and sums are float32
-// for bfloat16 and float16 (float64 for float64), so float16 does not overflow where the loss itself is finite.
+// and writes the gradient: 7 streams and a fresh temporary. Here: two reads, one write. Differences and sums are
+// float32 for bfloat16 and float16 (float64 for float64), so float16 does not overflow where the loss itself is finite.
 #include "mse_loss.h"
 
 #include "parallel.h"
@@ -89,8 +89,11 @@ void forward(const T* x, const T* t, const T* w, T* output, T* grad, int64_t n, 
   const A scale = static_cast<A>(1 / by);
   const double sum =
       grad != nullptr
-          ? two_stage(n, partial, [=](int64_t b, int64_t e) { return square_block<T, true, kWeight>(x, t, w, grad, scale, b, e); })
-          : two_stage(n, partial, [=](int64_t b, int64_t e) { return square_block<T, false, kWeight>(x, t, w, grad, scale, b, e); });
+          ? two_stage(n, partial,
+                      [=](int64_t b, int64_t e) { return square_block<T, true, kWeight>(x, t, w, grad, scale, b, e); })
+          : two_stage(n, partial, [=](int64_t b, int64_t e) {
+              return square_block<T, false, kWeight>(x, t, w, grad, scale, b, e);
+            });
   *output = from_acc<T>(static_cast<A>(sum / by));
 }
 

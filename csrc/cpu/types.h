@@ -19,26 +19,26 @@ enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 }  // namespace fastllm
 
 // Runs `body` with T naming the storage type of `dtype`.
-#define FASTLLM_SWITCH_DTYPE(dtype, ...)      \
-  switch (dtype) {                            \
-    case ::fastllm::DType::kF32: {            \
-      using T = float;                        \
-      __VA_ARGS__;                            \
-      break;                                  \
-    }                                         \
-    case ::fastllm::DType::kF64: {            \
-      using T = double;                       \
-      __VA_ARGS__;                            \
-      break;                                  \
-    }                                         \
-    case ::fastllm::DType::kBF16: {           \
-      using T = ::fastllm::bf16;              \
-      __VA_ARGS__;                            \
-      break;                                  \
-    }                                         \
-    case ::fastllm::DType::kF16: {            \
-      using T = ::fastllm::f16;               \
-      __VA_ARGS__;                            \
-      break;                                  \
-    }                                         \
+#define FASTLLM_SWITCH_DTYPE(dtype, ...) \
+  switch (dtype) {                       \
+    case ::fastllm::DType::kF32: {       \
+      using T = float;                   \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
+    case ::fastllm::DType::kF64: {       \
+      using T = double;                  \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
+    case ::fastllm::DType::kBF16: {      \
+      using T = ::fastllm::bf16;         \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
+    case ::fastllm::DType::kF16: {       \
+      using T = ::fastllm::f16;          \
+      __VA_ARGS__;                       \
+      break;                             \
+    }                                    \
   }

@@ -73,17 +73,15 @@ Tensor backward_meta(const Tensor& grad_output, const Tensor& input, const Tenso
 
 std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                         int64_t reduction, bool need_grad) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastllm::mse_loss_forward", "")
-                             .typed<decltype(forward_cpu)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastllm::mse_loss_forward", "").typed<decltype(forward_cpu)>();
   return op.call(input, target, weight, reduction, need_grad);
 }
 
 Tensor call_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                      int64_t reduction) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastllm::mse_loss_backward", "")
-                             .typed<decltype(backward_cpu)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastllm::mse_loss_backward", "").typed<decltype(backward_cpu)>();
   return op.call(grad_output, input, target, weight, reduction);
 }
 
@@ -111,9 +109,8 @@ class Node : public torch::autograd::Function<Node> {
     const int64_t reduction = ctx->saved_data["reduction"].toInt();
     const bool need_input = ctx->needs_input_grad(0), need_target = ctx->needs_input_grad(1);
     if (at::GradMode::is_enabled()) {
-      auto grads = differentiate(
-          [&](const variable_list& a) { return definition(a[0], a[1], weight, reduction); }, {input, target},
-          {need_input, need_target}, grad_outputs[0]);
+      auto grads = differentiate([&](const variable_list& a) { return definition(a[0], a[1], weight, reduction); },
+                                 {input, target}, {need_input, need_target}, grad_outputs[0]);
       return {grads[0], grads[1], Tensor(), Tensor()};
     }
     Tensor grad;
@@ -133,8 +130,8 @@ Tensor mse_loss(const Tensor& input, const Tensor& target, const OptionalTensor&
                       input.sym_sizes(), ", got ", weight->sym_sizes());
   const at::ScalarType dtype = at::result_type(input, target);
   TORCH_CHECK(is_served_dtype(dtype) && !input.is_complex() && !target.is_complex(),
-              "mse_loss: input and target must be float32, float64, bfloat16 or float16, got ", input.scalar_type(), " and ",
-              target.scalar_type());
+              "mse_loss: input and target must be float32, float64, bfloat16 or float16, got ", input.scalar_type(),
+              " and ", target.scalar_type());
   const bool same = input.sym_sizes() == target.sym_sizes();
   const auto both = same ? std::vector<Tensor>{input, target} : at::broadcast_tensors({input, target});
   const Tensor x = both[0].to(dtype), t = both[1].to(dtype);
@@ -153,8 +150,7 @@ TORCH_LIBRARY_FRAGMENT(fastllm, m) {
   m.def(
       "mse_loss_forward(Tensor input, Tensor target, Tensor? weight, int reduction, bool need_grad) -> (Tensor output, "
       "Tensor grad)");
-  m.def(
-      "mse_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, int reduction) -> Tensor");
+  m.def("mse_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, int reduction) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("mse_loss", mse_loss); }
 TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {

@@ -11,11 +11,11 @@
 namespace fastllm::pool {
 
 struct Stats {
-  int64_t limit;      // most idle bytes that are kept; 0 turns the pool off
-  int64_t idle;       // bytes kept, in no tensor now
-  int64_t in_use;     // bytes of the pool's blocks that live tensors hold
-  int64_t hits;       // requests served from a kept block
-  int64_t misses;     // requests that took fresh memory
+  int64_t limit;   // most idle bytes that are kept; 0 turns the pool off
+  int64_t idle;    // bytes kept, in no tensor now
+  int64_t in_use;  // bytes of the pool's blocks that live tensors hold
+  int64_t hits;    // requests served from a kept block
+  int64_t misses;  // requests that took fresh memory
 };
 
 // An uninitialised, contiguous CPU tensor; from the pool where it is large enough to gain.

@@ -1,0 +1,37 @@
+# Everything runs in .venv, which the first target makes: python3 (3.10+), g++ and make are all that is needed.
+PYTHON ?= python3
+VENV_PYTHON = .venv/bin/python
+SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
+
+.PHONY: demo test check test-asan bench bench-quick readme-benchmarks clean
+
+demo: .venv/built
+	$(VENV_PYTHON) -m fastllm train --compare-eager
+
+test: .venv/built
+	$(VENV_PYTHON) tests/run.py
+
+check: .venv/installed
+	$(VENV_PYTHON) tests/check.py
+
+test-asan: .venv/installed
+	$(VENV_PYTHON) tests/run.py --sanitize address
+
+bench: .venv/built
+	$(VENV_PYTHON) benchmarks/run.py --device cpu
+
+bench-quick: .venv/built
+	$(VENV_PYTHON) benchmarks/run.py --device cpu --quick
+
+readme-benchmarks: .venv/built
+	$(VENV_PYTHON) benchmarks/readme.py
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt && touch $@
+
+.venv/built: .venv/installed $(SOURCES)
+	FASTLLM_REQUIRE_NATIVE=1 $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e . && touch $@
+
+clean:
+	rm -rf .venv build dist fastllm.egg-info fastllm/_C*.so fastllm/_build_info.py

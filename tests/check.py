@@ -1,0 +1,47 @@
+"""Static checks: ruff (lint and format), clang-format, and the rooms' rules of docs/architecture.md."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+NATIVE = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp"))
+
+
+def command(*arguments: str | Path) -> bool:
+    return subprocess.run([str(a) for a in arguments], cwd=ROOT).returncode == 0
+
+
+def kernels_know_no_torch() -> bool:
+    """Kernels include neither PyTorch's headers nor containers: the linker would merge inline code across instruction
+    sets."""
+    forbidden = re.compile(r'#include [<"](ATen|torch|c10|vector|string|map|algorithm|functional|memory|numeric)\b')
+    bad = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in (ROOT / "csrc" / "cpu").glob("*")
+        if path.name != "isa.cpp"
+        for line in path.read_text().splitlines()
+        if forbidden.search(line)
+    ]
+    print("\n".join(bad) or f"rooms: {len(NATIVE)} native files checked")
+    return not bad
+
+
+def main() -> int:
+    checks = {
+        "ruff check": lambda: command(BIN / "ruff", "check", "."),
+        "ruff format": lambda: command(BIN / "ruff", "format", "--check", "."),
+        "clang-format": lambda: command(BIN / "clang-format", "--dry-run", "--Werror", *NATIVE),
+        "rooms": kernels_know_no_torch,
+    }
+    failed = [name for name, check in checks.items() if not check()]
+    print(f"check: {len(checks) - len(failed)} passed, {len(failed)} failed {' '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

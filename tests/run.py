@@ -1,0 +1,79 @@
+"""The whole test suite: once as installed, then the kernels' tests under every other instruction set of this machine.
+
+``--sanitize address`` builds the extension with AddressSanitizer beside the normal one and runs the kernels' tests on
+it: a read or write outside a tensor ends the run. Further arguments go to pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNEL_TESTS = [
+    "test_cross_entropy.py",
+    "test_embedding.py",
+    "test_linear_cross_entropy.py",
+    "test_linear_relu.py",
+    "test_mse_loss.py",
+    "test_relu_mlp.py",
+    "test_simd.py",
+]
+
+
+def run_pytest(title: str, arguments: list[str], env: dict[str, str], cwd: Path = ROOT) -> bool:
+    print(f"\n=== {title}", flush=True)
+    start = time.monotonic()
+    code = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=cwd, env={**os.environ, **env}).returncode
+    print(f"=== {title}: {'passed' if code == 0 else 'FAILED'} in {time.monotonic() - start:.0f} s", flush=True)
+    return code == 0
+
+
+def other_instruction_sets() -> list[str]:
+    """Values of ATEN_CPU_CAPABILITY below the one that this processor gets by default."""
+    code = "import torch, fastllm._C as c; print(c.cpu_capability().lower())"
+    best = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    order = ["default", "avx2", "avx512"]
+    return order[: order.index(best.stdout.strip())]
+
+
+def run_suite(extra: list[str]) -> bool:
+    ok = run_pytest("all tests", ["tests", *extra], {})
+    files = [str(Path("tests") / name) for name in KERNEL_TESTS]
+    for capability in other_instruction_sets():
+        env = {"ATEN_CPU_CAPABILITY": capability}
+        ok &= run_pytest(f"kernels with ATEN_CPU_CAPABILITY={capability}", [*files, "-k", "not compile", *extra], env)
+    return ok
+
+
+def run_sanitized(sanitizer: str, extra: list[str]) -> bool:
+    target = ROOT / "build" / sanitizer
+    build = ["setup.py", "-q", "build", "--build-lib", str(target), "--build-temp", str(ROOT / "build" / "temp")]
+    env = {"FASTLLM_SANITIZE": sanitizer, "FASTLLM_REQUIRE_NATIVE": "1"}
+    subprocess.run([sys.executable, *build], cwd=ROOT, env={**os.environ, **env}, check=True)
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # Leaks at exit are the interpreter's; the pool is off so that every tensor ends where its allocation ends.
+    env = {
+        "LD_PRELOAD": library.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "FASTLLM_POOL_LIMIT": "0",
+        "PYTHONPATH": str(target),
+    }
+    files = [str(ROOT / "tests" / name) for name in KERNEL_TESTS]
+    options = ["-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "-k", "not compile and not opcheck"]
+    return run_pytest(f"kernels under the {sanitizer} sanitizer", [*files, *options, *extra], env, cwd=target)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sanitize", choices=["address"])
+    options, extra = parser.parse_known_args()
+    return 0 if (run_sanitized(options.sanitize, extra) if options.sanitize else run_suite(extra)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
