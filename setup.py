@@ -32,15 +32,17 @@ COMMON_FLAGS = [
     "-Wextra",
     "-Wno-unused-parameter",
     "-Wno-psabi",
-    "-Wno-maybe-uninitialized",  # g++ 12 finds it in its own intrinsics
+    "-Wno-maybe-uninitialized",  # these two: g++ 12 finds them in its own intrinsics
+    "-Wno-uninitialized",
 ]
 ISA_FLAGS = {
     "portable": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
 }
+ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 ISAS = list(ISA_FLAGS) if X86 else ["portable"]
-PLAIN_CPU_FILES = {"isa.cpp"}  # in csrc/cpu, yet no kernels
+PLAIN_CPU_FILES = {"isa.cpp", "targets.cpp"}  # in csrc/cpu, yet no kernels
 
 
 def version():
@@ -125,10 +127,12 @@ def write_ninja(path, target, cxx, torch, cpp_extension, python_include):
         f"cxx = {cxx}",
         "rule compile",
         f"  command = $cxx -MMD -MF $out.d {' '.join(flags)} $extra -c $in -o $out",
+        "  description = compile $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = $cxx $in {' '.join(link)} -o $out",
+        "  description = link $out",
     ]
     for source, obj, extra in steps:
         lines += [f"build {escape(obj)}: compile {escape(source)}", f"  extra = {' '.join(extra)}"]
@@ -178,7 +182,7 @@ class NativeBuild(build_ext):
         (target.parent / "_build_info.py").write_text(f'"""Written by setup.py."""\n\nBUILD = {info!r}\n')
 
     def copy_extensions_to_source(self):
-        built = Path(self.get_ext_fullpath("fastllm._C")).parent / "_build_info.py"
+        built = Path(self.build_lib) / "fastllm" / "_build_info.py"
         if not built.exists():
             return
         super().copy_extensions_to_source()

@@ -37,7 +37,7 @@ def other_instruction_sets() -> list[str]:
     """Values of ATEN_CPU_CAPABILITY below the one that this processor gets by default."""
     code = "import torch, fastllm._C as c; print(c.cpu_capability().lower())"
     best = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    order = ["default", "avx2", "avx512"]
+    order = ["default", "avx2", "avx512", "avx512_bf16"]
     return order[: order.index(best.stdout.strip())]
 
 

@@ -11,12 +11,13 @@ static Isa detect() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  Isa best = avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kPortable;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const Isa best = bf16 ? Isa::kAvx512Bf16 : avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kPortable;
   const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-  if (asked != nullptr) {
-    if (std::strcmp(asked, "default") == 0) best = Isa::kPortable;
-    if (std::strcmp(asked, "avx2") == 0 && avx2) best = Isa::kAvx2;
-  }
+  if (asked == nullptr) return best;
+  if (std::strcmp(asked, "default") == 0) return Isa::kPortable;
+  if (std::strcmp(asked, "avx2") == 0 && avx2) return Isa::kAvx2;
+  if (std::strcmp(asked, "avx512") == 0 && avx512) return Isa::kAvx512;
   return best;
 #else
   return Isa::kPortable;
@@ -28,6 +29,9 @@ Isa current_isa() {
   return isa;
 }
 
-const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "AVX512" : isa == Isa::kAvx2 ? "AVX2" : "DEFAULT"; }
+const char* isa_name(Isa isa) {
+  static const char* const names[] = {"DEFAULT", "AVX2", "AVX512", "AVX512_BF16"};
+  return names[static_cast<int>(isa)];
+}
 
 }  // namespace fastllm::cpu

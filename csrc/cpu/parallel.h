@@ -11,6 +11,7 @@ using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
 // Calls fn on disjoint ranges that cover [0, n), each of at least `grain` items but the last.
 void parallel_run(int64_t n, int64_t grain, RangeFn fn, void* context);
 int num_threads();
+int thread_index();  // of the caller inside a parallel_for, below num_threads()
 
 namespace {  // internal linkage: a copy per instruction set, never merged by the linker
 

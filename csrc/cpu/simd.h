@@ -128,15 +128,22 @@ FASTLLM_INLINE vec<acc_t<T>> load(const T* p) {
   }
 }
 
+FASTLLM_INLINE vec_u16 to_bf16(vec_f32 v) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<vec_u16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));  // subnormals become 0
+#endif
+  const vec_u32 bits = reinterpret_cast<vec_u32>(v);
+  const vec_u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vec_u32 quiet = (bits >> 16) | 0x40u;
+  return __builtin_convertvector(v != v ? quiet : rounded, vec_u16);
+}
+
 template <class T>
 FASTLLM_INLINE void store(T* p, vec<acc_t<T>> v) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
     std::memcpy(p, &v, sizeof v);
   } else if constexpr (std::is_same_v<T, bf16>) {
-    const vec_u32 bits = reinterpret_cast<vec_u32>(v);
-    const vec_u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const vec_u32 quiet = (bits >> 16) | 0x40u;
-    const vec_u16 h = __builtin_convertvector(v != v ? quiet : rounded, vec_u16);
+    const vec_u16 h = to_bf16(v);
     std::memcpy(p, &h, sizeof h);
   } else {
 #if defined(__AVX512F__)
@@ -152,6 +159,16 @@ FASTLLM_INLINE void store(T* p, vec<acc_t<T>> v) {
 // The first n < lanes items; the other lanes hold `fill`. Nothing beyond them is read.
 template <class T>
 FASTLLM_INLINE vec<acc_t<T>> load_partial(const T* p, int64_t n, acc_t<T> fill) {
+#if defined(__AVX512F__)
+  const auto bits = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) {
+    return reinterpret_cast<vec_f32>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), bits, p));
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    const __m512i h = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(bits, p));
+    const __m512 v = _mm512_castsi512_ps(_mm512_slli_epi32(h, 16));
+    return reinterpret_cast<vec_f32>(_mm512_mask_blend_ps(bits, _mm512_set1_ps(fill), v));
+  }
+#endif
   T buffer[lanes<T>];
   const T padding = from_acc<T>(fill);
   for (int i = 0; i < lanes<T>; ++i) buffer[i] = padding;
@@ -162,6 +179,16 @@ FASTLLM_INLINE vec<acc_t<T>> load_partial(const T* p, int64_t n, acc_t<T> fill) 
 
 template <class T>
 FASTLLM_INLINE void store_partial(T* p, vec<acc_t<T>> v, int64_t n) {
+#if defined(__AVX512F__)
+  const auto bits = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(p, bits, reinterpret_cast<__m512>(v));
+    return;
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    _mm256_mask_storeu_epi16(p, bits, reinterpret_cast<__m256i>(to_bf16(v)));
+    return;
+  }
+#endif
   T buffer[lanes<T>];
   store(buffer, v);
   for (int i = 0; i < lanes<T>; ++i)
@@ -170,62 +197,120 @@ FASTLLM_INLINE void store_partial(T* p, vec<acc_t<T>> v, int64_t n) {
 
 // --- arithmetic -------------------------------------------------------------------------------------------------
 
+// b where either is NaN: keep NaN by a sum beside it.
 template <class V>
-FASTLLM_INLINE V max(V a, V b) {  // b where either is NaN or they are equal: keep NaN by a sum beside it
+FASTLLM_INLINE V max(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, vec_f32>)
+    return reinterpret_cast<V>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<V, vec_f32>)
+    return reinterpret_cast<V>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#endif
   return a > b ? a : b;
 }
 
-template <class V>
-FASTLLM_INLINE auto reduce_add(V v) {  // fixed order
+// Folds the lanes by halves, a fixed order.
+template <class V, class F>
+FASTLLM_INLINE auto fold(V v, F f) {
   constexpr int n = sizeof(V) / sizeof(v[0]);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, vec_f32>) {
+    const __m512 x = reinterpret_cast<__m512>(v);
+    const V a = f(v, reinterpret_cast<V>(_mm512_shuffle_f32x4(x, x, 0x4e)));
+    const V b =
+        f(a, reinterpret_cast<V>(_mm512_shuffle_f32x4(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(a), 0xb1)));
+    const V c = f(b, reinterpret_cast<V>(_mm512_permute_ps(reinterpret_cast<__m512>(b), 0x4e)));
+    const V d = f(c, reinterpret_cast<V>(_mm512_permute_ps(reinterpret_cast<__m512>(c), 0xb1)));
+    return d[0];
+  }
+#endif
   std::remove_cvref_t<decltype(v[0])> a[n];
   std::memcpy(a, &v, sizeof v);
   for (int width = n / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) a[i] += a[i + width];
+    for (int i = 0; i < width; ++i) a[i] = f(a[i], a[i + width]);
   return a[0];
+}
+
+template <class V>
+FASTLLM_INLINE auto reduce_add(V v) {
+  return fold(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 
 template <class V>
 FASTLLM_INLINE auto reduce_max(V v) {
-  constexpr int n = sizeof(V) / sizeof(v[0]);
-  std::remove_cvref_t<decltype(v[0])> a[n];
-  std::memcpy(a, &v, sizeof v);
-  for (int width = n / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) a[i] = a[i] > a[i + width] ? a[i] : a[i + width];
-  return a[0];
+  return fold(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
-// exp(x), relative error below 2 units in the last place on [-87.3, 88.3]; 0 below, inf above 88.73; NaN stays NaN.
-// x = n ln2 + r with |r| <= ln2/2 (ln2 in two parts), exp(r) by its Taylor-like minimax polynomial of degree 6.
-FASTLLM_INLINE vec_f32 exp(vec_f32 x) {
+// exp(x) for x <= 0 or barely above (a logit less its row's maximum or log-sum-exp), where nothing can overflow.
+// Relative error below one unit in the last place on [-87.3, 0]; 0 at -104 and below; NaN stays NaN.
+//
+// x = n ln2 + r with |r| <= ln2/2 (ln2 in two parts); exp(r) = 1 + r + r^2 q(r), q of degree 4 fitted to least relative
+// error (3.6e-9); 2^n by the exponent field.
+FASTLLM_INLINE vec_f32 exp_nonpositive(vec_f32 x) {
   const vec_f32 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
-  const vec_f32 clamped_low = x < -87.33654f ? splat(-87.33654f) : x;
-  const vec_f32 clamped = clamped_low > 88.72283f ? splat(88.72283f) : clamped_low;
+#if defined(__AVX512F__)
+  const vec_f32 clamped = max(splat(-104.0f), x);
+#else
+  const vec_f32 clamped = max(splat(-87.33654f), x);
+#endif
   const vec_f32 shifted = clamped * 1.44269504f + magic;
   const vec_f32 n = shifted - magic;
   const vec_f32 r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  vec_f32 p = splat(1.98756915e-4f);
-  p = p * r + 1.39819995e-3f;
-  p = p * r + 8.33345190e-3f;
-  p = p * r + 4.16657959e-2f;
-  p = p * r + 1.66666655e-1f;
-  p = p * r + 5.00000000e-1f;
-  p = (p * r) * r + r + 1.0f;
-  // 2^n in two factors, so that n = 128 does not overflow the exponent field.
-  const vec_i32 i = reinterpret_cast<vec_i32>(shifted) - 0x4b400000;
-  const vec_i32 half = i >> 1;
-  const vec_f32 a = reinterpret_cast<vec_f32>((half + 127) << 23);
-  const vec_f32 b = reinterpret_cast<vec_f32>((i - half + 127) << 23);
-  const vec_f32 y = p * a * b;
-  const vec_f32 low = x < -87.33654f ? vec_f32{} : y;
-  return x > 88.72283f ? splat(std::numeric_limits<float>::infinity()) : low;
+  vec_f32 q = splat(1.3814539e-3f);
+  q = q * r + 8.3687450e-3f;
+  q = q * r + 4.1668390e-2f;
+  q = q * r + 1.6666521e-1f;
+  q = q * r + 4.9999994e-1f;
+  const vec_f32 y = (q * r) * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec_f32>(_mm512_scalef_ps(reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(n)));
+#else
+  const vec_f32 scaled = y * reinterpret_cast<vec_f32>((reinterpret_cast<vec_i32>(shifted) << 23) + 0x3f800000);
+  return x < -87.33654f ? vec_f32{} : scaled;
+#endif
 }
 
-FASTLLM_INLINE vec_f64 exp(vec_f64 x) {
+FASTLLM_INLINE vec_f64 exp_nonpositive(vec_f64 x) {
   vec_f64 y;
   for (int i = 0; i < lanes<double>; ++i) y[i] = std::exp(x[i]);
   return y;
 }
+
+// A store past the caches, for lines that nothing reads again soon: it saves the read that an ordinary store begins
+// with. p is aligned to the stored vector; stream_fence() must follow before another thread reads.
+template <class T>
+FASTLLM_INLINE void stream(T* p, vec<acc_t<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) >= 4) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(to_bf16(v)));
+  } else {
+    store(p, v);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) >= 4) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(to_bf16(v)));
+  } else {
+    store(p, v);
+  }
+#else
+  store(p, v);
+#endif
+}
+
+FASTLLM_INLINE void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// Bytes to which stream() wants its address aligned, for storage type T.
+template <class T>
+constexpr int stream_alignment = static_cast<int>(sizeof(T)) * lanes<T>;
 
 }  // namespace
 }  // namespace fastllm::cpu

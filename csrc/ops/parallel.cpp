@@ -10,4 +10,6 @@ void parallel_run(int64_t n, int64_t grain, RangeFn fn, void* context) {
 
 int num_threads() { return at::get_num_threads(); }
 
+int thread_index() { return at::get_thread_num(); }
+
 }  // namespace fastllm

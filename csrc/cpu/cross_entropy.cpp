@@ -1,0 +1,435 @@
+// Cross-entropy of rows of logits, with the gradient in the same visit.
+//
+// Eager PyTorch reads the logits, writes log-probabilities, reads them for the loss, writes a one-hot gradient of N x
+// V, reads both and writes the gradient: 7 streams. Here a row is read from memory once and its gradient written once:
+// blocks of 1024 logits become exp(x - running maximum) in a scratch row that stays in L2, with one correction factor a
+// block, and a second walk over the scratch row rescales them: one exponential an element.
+//
+// The gradient at the true class is formed in the accumulator before it is rounded.
+#include "cross_entropy.h"
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace fastllm::cpu::FASTLLM_ISA {
+namespace {
+
+template <class A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+// What one row's gradient is made of. For class y: grad_c = p_c probability - w_c smooth - [c = y] truth, formed at y
+// as truth (p_y - 1) + p_y rest - w_y smooth, whose first difference is exact as p_y nears 1. For class probabilities:
+// grad_c = p_c probability - w_c (q_c keep + smooth) scale.
+template <class A>
+struct RowTerms {
+  A probability, smooth, truth, rest, scale;
+  int64_t y;
+  A at_class(A p, A weight) const { return truth * (p - 1) + p * rest - weight * smooth; }
+};
+
+template <class T>
+struct Problem {
+  using A = acc_t<T>;
+  const CrossEntropyRows& r;
+  const A* weight;
+  A keep, smooth;  // 1 - e, e / V
+
+  explicit Problem(const CrossEntropyRows& rows)
+      : r(rows),
+        weight(static_cast<const A*>(rows.weight)),
+        keep(static_cast<A>(1 - rows.label_smoothing)),
+        smooth(static_cast<A>(rows.label_smoothing / static_cast<double>(rows.classes))) {}
+
+  const T* logits(int64_t row) const { return static_cast<const T*>(r.logits) + row * r.logits_stride; }
+  T* grad(int64_t row) const { return static_cast<T*>(r.grad) + row * r.grad_stride; }
+  const T* probabilities(int64_t row) const {
+    return r.probabilities == nullptr ? nullptr : static_cast<const T*>(r.probabilities) + row * r.classes;
+  }
+  int64_t target(int64_t row) const {
+    return r.target_is_int32 ? static_cast<const int32_t*>(r.target)[row] : static_cast<const int64_t*>(r.target)[row];
+  }
+  bool ignored(int64_t row) const { return r.probabilities == nullptr && target(row) == r.ignore_index; }
+  A weight_of(int64_t c) const { return weight == nullptr ? A(1) : weight[c]; }
+  A scale(int64_t row) const {
+    const A by_row = r.row_scale == nullptr ? A(1) : static_cast<const A*>(r.row_scale)[row];
+    return static_cast<A>(r.scale) * by_row;
+  }
+  // distribution_mass: sum_c w_c q'_c, for class probabilities.
+  RowTerms<A> terms(int64_t row, A distribution_mass, A lse) const {
+    const A g = scale(row);
+    const A z_loss = 2 * static_cast<A>(r.lse_square_scale) * lse;
+    if (r.probabilities != nullptr) return {(distribution_mass + z_loss) * g, smooth, 0, 0, g, -1};
+    const A truth = keep * weight_of(target(row)) * g;
+    const A rest = (smooth * static_cast<A>(r.weight_sum) + z_loss) * g;
+    return {truth + rest, smooth * g, truth, rest, g, target(row)};
+  }
+};
+
+template <class T>
+FASTLLM_INLINE acc_t<T> row_max(const T* x, int64_t n) {
+  using A = acc_t<T>;
+  constexpr int w = lanes<T>;
+  vec<A> m0 = splat(-kInfinity<A>), m1 = m0, m2 = m0, m3 = m0;
+  int64_t i = 0;
+  for (; i + 4 * w <= n; i += 4 * w) {
+    m0 = max(load(x + i), m0);
+    m1 = max(load(x + i + w), m1);
+    m2 = max(load(x + i + 2 * w), m2);
+    m3 = max(load(x + i + 3 * w), m3);
+  }
+  for (; i + w <= n; i += w) m0 = max(load(x + i), m0);
+  if (i < n) m1 = max(load_partial(x + i, n - i, -kInfinity<A>), m1);
+  return reduce_max(max(max(m0, m1), max(m2, m3)));
+}
+
+// Sum of exp(x - m); with kKeep the exponentials go to e.
+template <class T, bool kKeep>
+FASTLLM_INLINE acc_t<T> exp_sum(const T* x, acc_t<T> m, acc_t<T>* e, int64_t n) {
+  using A = acc_t<T>;
+  constexpr int w = lanes<T>;
+  vec<A> s0{}, s1{};
+  int64_t i = 0;
+  for (; i + 2 * w <= n; i += 2 * w) {
+    // The next block: its maximum is taken next, and memory would idle while this one computes.
+    for (int64_t line = 0; line < 2 * w * static_cast<int64_t>(sizeof(T)); line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(x + i + kCrossEntropyBlock) + line);
+    const vec<A> a = exp_nonpositive(load(x + i) - m);
+    const vec<A> b = exp_nonpositive(load(x + i + w) - m);
+    if constexpr (kKeep) {
+      store(e + i, a);
+      store(e + i + w, b);
+    }
+    s0 += a;
+    s1 += b;
+  }
+  for (; i < n; i += w) {
+    const int64_t left = n - i < w ? n - i : w;
+    const vec<A> a = exp_nonpositive(load_partial(x + i, left, -kInfinity<A>) - m);
+    if constexpr (kKeep) store_partial(e + i, a, left);
+    s0 += a;
+  }
+  return reduce_add(s0 + s1);
+}
+
+template <class A>
+struct Softmax {
+  A max, sum;  // of the row: maximum, sum of exp(x - max)
+  A log_sum() const { return std::log(sum); }
+  A lse() const { return max + log_sum(); }
+};
+
+// One walk over the row. With kKeep, e holds exp(x - reference of its block) and `references` one reference a block.
+template <class T, bool kKeep>
+Softmax<acc_t<T>> softmax_walk(const T* x, int64_t n, acc_t<T>* e, acc_t<T>* references) {
+  using A = acc_t<T>;
+  A m = -kInfinity<A>, sum = 0;
+  for (int64_t begin = 0, b = 0; begin < n; begin += kCrossEntropyBlock, ++b) {
+    const int64_t size = n - begin < kCrossEntropyBlock ? n - begin : kCrossEntropyBlock;
+    const A block = row_max(x + begin, size);
+    const A higher = block > m ? block : m;
+    // While nothing but -inf has been seen, exponentials are taken against 0: they are 0, not exp(-inf + inf).
+    const A reference = higher == -kInfinity<A> ? A(0) : higher;
+    if (higher != m) sum = m == -kInfinity<A> && sum == 0 ? A(0) : sum * std::exp(m - higher);
+    m = higher;
+    sum += exp_sum<T, kKeep>(x + begin, reference, e + begin, size);
+    if constexpr (kKeep) references[b] = higher;
+  }
+  // A row of -inf alone has no distribution.
+  if (m == -kInfinity<A>) sum = std::numeric_limits<A>::quiet_NaN();
+  return {m, sum};
+}
+
+// sum_c w_c (x_c - m), for label smoothing.
+template <class T>
+acc_t<T> weighted_offsets(const T* x, const acc_t<T>* weight, acc_t<T> m, int64_t n) {
+  using A = acc_t<T>;
+  constexpr int w = lanes<T>;
+  vec<A> s{};
+  int64_t i = 0;
+  for (; i + w <= n; i += w) {
+    const vec<A> d = load(x + i) - m;
+    s += weight == nullptr ? d : d * load(weight + i);
+  }
+  A tail = 0;
+  for (; i < n; ++i) tail += (to_acc(x[i]) - m) * (weight == nullptr ? A(1) : weight[i]);
+  return reduce_add(s) + tail;
+}
+
+// sum_c w_c q'_c (log_sum - (x_c - m)), and the mass sum_c w_c q'_c.
+template <class T>
+acc_t<T> distribution_loss(const T* x, const T* q, const acc_t<T>* weight, acc_t<T> keep, acc_t<T> smooth, acc_t<T> m,
+                           acc_t<T> log_sum, int64_t n, acc_t<T>* mass) {
+  using A = acc_t<T>;
+  constexpr int w = lanes<T>;
+  vec<A> s{}, total{};
+  int64_t i = 0;
+  for (; i + w <= n; i += w) {
+    vec<A> share = load(q + i) * keep + smooth;
+    if (weight != nullptr) share *= load(weight + i);
+    s += share * (log_sum - (load(x + i) - m));
+    total += share;
+  }
+  A tail = 0, tail_total = 0;
+  for (; i < n; ++i) {
+    const A share = (to_acc(q[i]) * keep + smooth) * (weight == nullptr ? A(1) : weight[i]);
+    tail += share * (log_sum - (to_acc(x[i]) - m));
+    tail_total += share;
+  }
+  *mass = reduce_add(total) + tail_total;
+  return reduce_add(s) + tail;
+}
+
+// Gradients beyond this size go past the caches, which could not hold them; unless they overwrite the logits, whose
+// lines are in the cache.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
+template <class T>
+bool streams(const CrossEntropyRows& r) {
+  return r.grad != r.logits && r.rows * r.classes * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+}
+
+template <class T>
+struct Sink {
+  T* to;
+  bool streaming;
+  FASTLLM_INLINE void put(int64_t i, vec<acc_t<T>> v) const {
+    if (streaming)
+      stream(to + i, v);
+    else
+      store(to + i, v);
+  }
+  // Items before the first address that stream() accepts.
+  FASTLLM_INLINE int64_t head(int64_t n) const {
+    if (!streaming) return 0;
+    const auto address = reinterpret_cast<uintptr_t>(to);
+    const int64_t items = static_cast<int64_t>((-address & (stream_alignment<T> - 1)) / sizeof(T));
+    return items < n ? items : n;
+  }
+};
+
+// to[i] = value(i) over a row: value gives vectors and, for n < lanes, partial ones.
+template <class T, class F>
+FASTLLM_INLINE void write_row(Sink<T> sink, int64_t n, F value) {
+  constexpr int w = lanes<T>;
+  int64_t i = sink.head(n);
+  if (i > 0)
+    for (int64_t j = 0; j < i; j += w) {
+      const int64_t size = i - j < w ? i - j : w;
+      store_partial(sink.to + j, value(j, size), size);
+    }
+  for (; i + w <= n; i += w) sink.put(i, value(i, static_cast<int64_t>(w)));
+  if (i < n) store_partial(sink.to + i, value(i, n - i), n - i);
+}
+
+template <class T>
+FASTLLM_INLINE vec<acc_t<T>> load_some(const T* p, int64_t size) {
+  return size == lanes<T> ? load(p) : load_partial(p, size, acc_t<T>(0));
+}
+
+// Subtracts the row's target distribution from a vector of scaled probabilities.
+template <class T>
+FASTLLM_INLINE vec<acc_t<T>> less_target(const Problem<T>& problem, const T* q, RowTerms<acc_t<T>> terms,
+                                         vec<acc_t<T>> v, int64_t i, int64_t size) {
+  using A = acc_t<T>;
+  if (q != nullptr) {
+    vec<A> share = load_some(q + i, size) * problem.keep + terms.smooth;
+    if (problem.weight != nullptr) share *= load_some(problem.weight + i, size);
+    return v - share * terms.scale;
+  }
+  if (terms.smooth == 0) return v;
+  return problem.weight == nullptr ? v - terms.smooth : v - load_some(problem.weight + i, size) * terms.smooth;
+}
+
+// The gradient from kept exponentials e: p_c = e_c factor(block).
+template <class T>
+void gradient_from_exponentials(const Problem<T>& problem, int64_t row, const acc_t<T>* e, const acc_t<T>* references,
+                                Softmax<acc_t<T>> softmax, acc_t<T> mass) {
+  using A = acc_t<T>;
+  const int64_t n = problem.r.classes;
+  const T* q = problem.probabilities(row);
+  const RowTerms<A> terms = problem.terms(row, mass, softmax.lse());
+  const bool plain = q == nullptr && terms.smooth == 0;
+  T* grad = problem.grad(row);
+  const bool streaming = streams<T>(problem.r);
+  A truth = 0;
+  for (int64_t begin = 0, b = 0; begin < n; begin += kCrossEntropyBlock, ++b) {
+    const int64_t size = n - begin < kCrossEntropyBlock ? n - begin : kCrossEntropyBlock;
+    const A share = references[b] == -kInfinity<A> ? A(0) : std::exp(references[b] - softmax.max) / softmax.sum;
+    const A factor = share * terms.probability;
+    if (terms.y >= begin && terms.y < begin + size)
+      truth = terms.at_class(e[terms.y] * share, problem.weight_of(terms.y));
+    const Sink<T> sink{grad + begin, streaming};
+    if (plain)
+      write_row(sink, size, [&](int64_t i, int64_t some) { return load_some(e + begin + i, some) * factor; });
+    else
+      write_row(sink, size, [&](int64_t i, int64_t some) {
+        return less_target(problem, q, terms, load_some(e + begin + i, some) * factor, begin + i, some);
+      });
+  }
+  if (terms.y >= 0) grad[terms.y] = from_acc<T>(truth);
+}
+
+// The gradient from the logits and their log-sum-exp: p_c = exp(z_c - lse). kCap: z = softcap tanh(x / softcap), and
+// the gradient takes tanh's derivative 1 - (z / softcap)^2.
+template <class T, bool kCap>
+void gradient_from_lse(const Problem<T>& problem, int64_t row, const acc_t<T>* z, acc_t<T> lse, acc_t<T> mass) {
+  using A = acc_t<T>;
+  const T* x = problem.logits(row);
+  const T* q = problem.probabilities(row);
+  const RowTerms<A> terms = problem.terms(row, mass, lse);
+  const A inverse_cap = kCap ? static_cast<A>(1 / problem.r.softcap) : A(0);
+  const auto logit = [&](int64_t i, int64_t some) {
+    if constexpr (kCap)
+      return load_some(z + i, some);
+    else
+      return load_some(x + i, some);
+  };
+  T* grad = problem.grad(row);
+  const auto at = [&](int64_t c) { return kCap ? z[c] : to_acc(x[c]); };
+  A truth = 0;
+  if (terms.y >= 0) {
+    const A value = at(terms.y);
+    truth = terms.at_class(std::exp(value - lse), problem.weight_of(terms.y));
+    if (kCap) truth *= 1 - (value * inverse_cap) * (value * inverse_cap);
+  }
+  write_row(Sink<T>{grad, streams<T>(problem.r)}, problem.r.classes, [&](int64_t i, int64_t some) {
+    const vec<A> v = logit(i, some);
+    vec<A> g = less_target(problem, q, terms, exp_nonpositive(v - lse) * terms.probability, i, some);
+    if constexpr (kCap) g *= 1 - (v * inverse_cap) * (v * inverse_cap);
+    return g;
+  });
+  if (terms.y >= 0) grad[terms.y] = from_acc<T>(truth);
+}
+
+template <class T>
+void fill_zero(T* x, int64_t n) {
+  std::memset(x, 0, static_cast<size_t>(n) * sizeof(T));
+}
+
+template <class T>
+void softcapped(const T* x, acc_t<T>* z, double cap, int64_t n) {
+  using A = acc_t<T>;
+  const A c = static_cast<A>(cap), inverse = static_cast<A>(1 / cap);
+  for (int64_t i = 0; i < n; ++i) z[i] = c * std::tanh(to_acc(x[i]) * inverse);
+}
+
+// Loss and lse of a row given its softmax; x: the logits that the softmax was taken of.
+template <class T, class X>
+acc_t<T> row_loss(const Problem<T>& problem, int64_t row, const X* x, Softmax<acc_t<T>> softmax, acc_t<T>* mass) {
+  using A = acc_t<T>;
+  const CrossEntropyRows& r = problem.r;
+  const A m = softmax.max, log_sum = softmax.log_sum(), lse = m + log_sum;
+  A loss;
+  if constexpr (std::is_same_v<X, T>) {
+    const T* q = problem.probabilities(row);
+    if (q != nullptr) {
+      loss = distribution_loss(x, q, problem.weight, problem.keep, problem.smooth, m, log_sum, r.classes, mass);
+      return loss + static_cast<A>(r.lse_square_scale) * lse * lse;
+    }
+  } else if (r.probabilities != nullptr) {
+    const T* q = problem.probabilities(row);
+    A sum = 0;
+    loss = 0;
+    for (int64_t c = 0; c < r.classes; ++c) {
+      const A share = (to_acc(q[c]) * problem.keep + problem.smooth) * problem.weight_of(c);
+      loss += share * (log_sum - (to_acc(x[c]) - m));
+      sum += share;
+    }
+    *mass = sum;
+    return loss + static_cast<A>(r.lse_square_scale) * lse * lse;
+  }
+  const int64_t y = problem.target(row);
+  loss = problem.keep * problem.weight_of(y) * (log_sum - (to_acc(x[y]) - m));
+  if (problem.smooth != 0)
+    loss +=
+        problem.smooth * (static_cast<A>(r.weight_sum) * log_sum - weighted_offsets(x, problem.weight, m, r.classes));
+  if (r.lse_square_scale != 0) loss += static_cast<A>(r.lse_square_scale) * lse * lse;
+  return loss;
+}
+
+template <class T>
+void forward_row(const Problem<T>& problem, int64_t row, acc_t<T>* scratch) {
+  using A = acc_t<T>;
+  const CrossEntropyRows& r = problem.r;
+  A* loss = static_cast<A*>(r.loss) + row;
+  A* lse = static_cast<A*>(r.lse) + row;
+  if (problem.ignored(row)) {
+    *loss = 0;
+    *lse = 0;
+    if (r.grad != nullptr) fill_zero(problem.grad(row), r.classes);
+    return;
+  }
+  const T* x = problem.logits(row);
+  A mass = 0;
+  if (r.softcap != 0) {
+    softcapped(x, scratch, r.softcap, r.classes);
+    const Softmax<A> softmax = softmax_walk<A, false>(scratch, r.classes, nullptr, nullptr);
+    *loss = row_loss<T, A>(problem, row, scratch, softmax, &mass);
+    *lse = softmax.lse();
+    if (r.grad != nullptr) gradient_from_lse<T, true>(problem, row, scratch, *lse, mass);
+    return;
+  }
+  if (r.grad == nullptr) {
+    const Softmax<A> softmax = softmax_walk<T, false>(x, r.classes, nullptr, nullptr);
+    *loss = row_loss<T, T>(problem, row, x, softmax, &mass);
+    *lse = softmax.lse();
+    return;
+  }
+  A* references = scratch + r.classes;
+  const Softmax<A> softmax = softmax_walk<T, true>(x, r.classes, scratch, references);
+  *loss = row_loss<T, T>(problem, row, x, softmax, &mass);
+  *lse = softmax.lse();
+  gradient_from_exponentials(problem, row, scratch, references, softmax, mass);
+}
+
+template <class T>
+acc_t<T> distribution_mass(const Problem<T>& problem, int64_t row) {
+  const T* q = problem.probabilities(row);
+  acc_t<T> mass = 0;
+  if (q != nullptr)
+    for (int64_t c = 0; c < problem.r.classes; ++c)
+      mass += (to_acc(q[c]) * problem.keep + problem.smooth) * problem.weight_of(c);
+  return mass;
+}
+
+template <class T>
+void backward_row(const Problem<T>& problem, int64_t row, acc_t<T>* scratch) {
+  const CrossEntropyRows& r = problem.r;
+  if (problem.ignored(row)) {
+    fill_zero(problem.grad(row), r.classes);
+    return;
+  }
+  const acc_t<T> lse = static_cast<const acc_t<T>*>(r.lse)[row];
+  const acc_t<T> mass = distribution_mass(problem, row);
+  if (r.softcap != 0) {
+    softcapped(problem.logits(row), scratch, r.softcap, r.classes);
+    gradient_from_lse<T, true>(problem, row, scratch, lse, mass);
+  } else {
+    gradient_from_lse<T, false>(problem, row, scratch, lse, mass);
+  }
+}
+
+template <class T, class F>
+void for_rows(const CrossEntropyRows& r, F row_function) {
+  using A = acc_t<T>;
+  const Problem<T> problem(r);
+  A* scratch = static_cast<A*>(r.scratch);
+  const int64_t size = cross_entropy_scratch(r.classes);
+  const int64_t grain = 16384 / (r.classes + 1) + 1;
+  parallel_for(r.rows, grain, [&](int64_t begin, int64_t end) {
+    A* own = scratch + thread_index() * size;
+    for (int64_t row = begin; row < end; ++row) row_function(problem, row, own);
+    stream_fence();
+  });
+}
+
+void forward_entry(const CrossEntropyRows& r) { FASTLLM_SWITCH_DTYPE(r.dtype, for_rows<T>(r, forward_row<T>)) }
+
+void backward_entry(const CrossEntropyRows& r) { FASTLLM_SWITCH_DTYPE(r.dtype, for_rows<T>(r, backward_row<T>)) }
+
+}  // namespace
+
+extern const CrossEntropyKernels cross_entropy_kernels;
+const CrossEntropyKernels cross_entropy_kernels = {forward_entry, backward_entry};
+
+}  // namespace fastllm::cpu::FASTLLM_ISA

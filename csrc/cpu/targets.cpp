@@ -1,0 +1,37 @@
+// The scan of class indices before a kernel trusts them. Built once, with base-line flags.
+#include "cross_entropy.h"
+
+namespace fastllm::cpu {
+namespace {
+
+template <class Index, class Weight>
+int64_t scan(const Index* target, int64_t rows, int64_t classes, int64_t ignore_index, const Weight* weight,
+             double* divisor) {
+  double sum = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t y = target[i];
+    if (y == ignore_index) continue;
+    if (y < 0 || y >= classes) return i;
+    sum += weight == nullptr ? 1.0 : static_cast<double>(weight[y]);
+  }
+  *divisor = sum;
+  return -1;
+}
+
+template <class Weight>
+int64_t scan_any(const void* target, bool is_int32, int64_t rows, int64_t classes, int64_t ignore_index,
+                 const void* weight, double* divisor) {
+  const Weight* w = static_cast<const Weight*>(weight);
+  return is_int32 ? scan(static_cast<const int32_t*>(target), rows, classes, ignore_index, w, divisor)
+                  : scan(static_cast<const int64_t*>(target), rows, classes, ignore_index, w, divisor);
+}
+
+}  // namespace
+
+int64_t check_targets(const void* target, bool is_int32, int64_t rows, int64_t classes, int64_t ignore_index,
+                      DType dtype, const void* weight, double* divisor) {
+  return dtype == DType::kF64 ? scan_any<double>(target, is_int32, rows, classes, ignore_index, weight, divisor)
+                              : scan_any<float>(target, is_int32, rows, classes, ignore_index, weight, divisor);
+}
+
+}  // namespace fastllm::cpu

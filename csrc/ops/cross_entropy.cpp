@@ -1,0 +1,257 @@
+// cross_entropy: checks, autograd node, fake kernels. Kernels: csrc/cpu/cross_entropy.cpp.
+#include "cross_entropy_common.h"
+
+namespace fastllm {
+namespace {
+
+#define FASTLLM_CE_OPTIONS                                                                  \
+  int64_t reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale, \
+      std::optional<double> softcap
+
+// --- plain operations: logits (N, C), target (N) class indices or (N, C) probabilities of the logits' dtype ------
+
+Tensor with_unit_stride(const Tensor& logits) {
+  const bool rows_apart = logits.size(0) < 2 || logits.stride(0) >= logits.size(1);
+  return rows_apart && (logits.stride(1) == 1 || logits.size(1) < 2) ? logits : logits.contiguous();
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                               FASTLLM_CE_OPTIONS, bool need_grad) {
+  const auto options =
+      checked_options("cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
+  const Tensor logits = with_unit_stride(input);
+  const RowLoss rows("cross_entropy", input.scalar_type(), input.size(1), target, weight, options);
+  const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
+  const Tensor loss = at::empty({input.size(0)}, acc), lse = at::empty({input.size(0)}, acc);
+  const bool with_grad = need_grad && reduction != kNone;
+  const Tensor grad = with_grad ? pool::empty(input.sizes(), input.scalar_type()) : at::empty({0, 0}, input.options());
+  rows.forward(logits, 0, loss, lse, with_grad ? grad : Tensor(), 1 / rows.divisor(), Tensor());
+  return {rows.reduced(loss, input.scalar_type()), lse, grad};
+}
+
+void backward_into(const Tensor& grad_output, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                   const Tensor& lse, FASTLLM_CE_OPTIONS, const Tensor& grad) {
+  const auto options =
+      checked_options("cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
+  const RowLoss rows("cross_entropy", logits.scalar_type(), logits.size(1), target, weight, options);
+  if (reduction == kNone)
+    rows.backward(logits, 0, lse, grad, 1, grad_output.to(lse.scalar_type()).contiguous());
+  else
+    rows.backward(logits, 0, lse, grad, grad_output.item<double>() / rows.divisor(), Tensor());
+}
+
+Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                    const Tensor& lse, FASTLLM_CE_OPTIONS) {
+  const Tensor grad = pool::empty(input.sizes(), input.scalar_type());
+  backward_into(grad_output, with_unit_stride(input), target, weight, lse, reduction, ignore_index, label_smoothing,
+                lse_square_scale, softcap, grad);
+  return grad;
+}
+
+void backward_inplace_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target,
+                          const OptionalTensor& weight, const Tensor& lse, FASTLLM_CE_OPTIONS) {
+  TORCH_CHECK(with_unit_stride(input).is_same(input),
+              "cross_entropy_backward_: input's rows must be contiguous and apart, got strides ", input.strides());
+  backward_into(grad_output, input, target, weight, lse, reduction, ignore_index, label_smoothing, lse_square_scale,
+                softcap, input);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                                FASTLLM_CE_OPTIONS, bool need_grad) {
+  const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
+  const Tensor lse = at::empty_symint({input.sym_size(0)}, acc);
+  const bool with_grad = need_grad && reduction != kNone;
+  return {reduction == kNone ? at::empty_symint({input.sym_size(0)}, input.options()) : at::empty({}, input.options()),
+          lse, with_grad ? at::empty_symint(input.sym_sizes(), input.options()) : at::empty({0, 0}, input.options())};
+}
+
+Tensor backward_meta(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                     const Tensor& lse, FASTLLM_CE_OPTIONS) {
+  return at::empty_symint(input.sym_sizes(), input.options());
+}
+
+void backward_inplace_meta(const Tensor& grad_output, const Tensor& input, const Tensor& target,
+                           const OptionalTensor& weight, const Tensor& lse, FASTLLM_CE_OPTIONS) {}
+
+template <class Signature>
+auto plain_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// --- autograd ---------------------------------------------------------------------------------------------------
+
+// Under `mean` and `sum` the gradient is formed in the forward pass for an incoming gradient of 1. Another incoming
+// gradient, a fake tensor, `none` or inplace_backward forms it in backward from the saved logits and log-sum-exp: never
+// by scaling what was rounded before, which in float16 may have vanished.
+class Node : public torch::autograd::Function<Node> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                        FASTLLM_CE_OPTIONS, bool inplace) {
+    static const auto op = plain_op<decltype(forward_cpu)>("fastllm::cross_entropy_forward");
+    at::AutoDispatchBelowADInplaceOrView below;
+    const bool early = reduction != kNone && !inplace && input.requires_grad() && is_concrete(input, target);
+    auto [output, lse, grad] =
+        op.call(input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, early);
+    ctx->save_for_backward({input, target, weight.value_or(Tensor()), lse});
+    ctx->saved_data["integers"] = std::vector<int64_t>{reduction, ignore_index, inplace};
+    ctx->saved_data["numbers"] = std::vector<double>{label_smoothing, lse_square_scale, softcap.value_or(0)};
+    if (early) ctx->saved_data["grad"] = grad;
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const auto integers = ctx->saved_data["integers"].toIntList();
+    const auto numbers = ctx->saved_data["numbers"].toDoubleList();
+    const int64_t reduction = integers[0], ignore_index = integers[1];
+    const bool inplace = integers[2] != 0;
+    const double smoothing = numbers[0], z_loss = numbers[1], cap = numbers[2];
+    TORCH_CHECK(!ctx->saved_data.count("overwritten"),
+                "cross_entropy: a second backward through logits that inplace_backward=True has overwritten with their "
+                "gradient; use inplace_backward=False to keep the graph");
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &target = saved[1], &lse = saved[3];
+    const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
+    const std::optional<double> softcap = cap == 0 ? std::nullopt : std::optional<double>(cap);
+    const bool need_input = ctx->needs_input_grad(0), need_target = ctx->needs_input_grad(1);
+    variable_list grads(9);
+    if (at::GradMode::is_enabled() || need_target) {
+      // Second derivatives, and the gradient of class probabilities: by the definition.
+      const variable_list found = differentiate(
+          [&](const variable_list& a) {
+            return cross_entropy_definition(a[0], a[1], weight, {reduction, ignore_index, smoothing, z_loss, cap});
+          },
+          {input, target}, {need_input, need_target}, grad_outputs[0]);
+      grads[0] = found[0];
+      grads[1] = found[1];
+      return grads;
+    }
+    const Tensor& g = grad_outputs[0];
+    if (inplace && is_concrete(input, g)) {
+      static const auto op = plain_op<decltype(backward_inplace_cpu)>("fastllm::cross_entropy_backward_");
+      const Tensor storage = input.detach();
+      op.call(g, storage, target, weight, lse, reduction, ignore_index, smoothing, z_loss, softcap);
+      ctx->saved_data["overwritten"] = true;
+      grads[0] = storage;
+      return grads;
+    }
+    if (ctx->saved_data.count("grad") && is_concrete(g) && g.item<double>() == 1.0) {
+      grads[0] = take_saved(ctx, "grad");
+      return grads;
+    }
+    static const auto op = plain_op<decltype(backward_cpu)>("fastllm::cross_entropy_backward");
+    grads[0] = op.call(g, input, target, weight, lse, reduction, ignore_index, smoothing, z_loss, softcap);
+    return grads;
+  }
+};
+
+// --- the operation ----------------------------------------------------------------------------------------------
+
+void check_shapes(const Tensor& input, const Tensor& target, bool probabilities) {
+  TORCH_CHECK_VALUE(input.dim() >= 1, "cross_entropy: input must have at least 1 dimension, got ", input.dim());
+  TORCH_CHECK(input.device() == target.device(), "cross_entropy: target must be on input's device ", input.device(),
+              ", got ", target.device());
+  if (probabilities) return;
+  if (input.dim() == 1) {
+    TORCH_CHECK(target.dim() == 0, "cross_entropy: target must be of shape () for input of shape ", input.sym_sizes(),
+                ", got ", target.sym_sizes());
+    return;
+  }
+  TORCH_CHECK_VALUE(target.dim() == 0 || input.sym_size(0) == target.sym_size(0),
+                    "cross_entropy: target must have input's batch size ", input.sym_size(0), ", got ",
+                    target.sym_sizes());
+  bool match = target.dim() == input.dim() - 1;
+  for (int64_t d = 2; match && d < input.dim(); ++d) match = target.sym_size(d - 1) == input.sym_size(d);
+  TORCH_CHECK(match, "cross_entropy: target must be of input's shape ", input.sym_sizes(),
+              " without its class dimension, or of that shape with class probabilities, got ", target.sym_sizes());
+}
+
+Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight, FASTLLM_CE_OPTIONS,
+                     bool inplace_backward) {
+  checked_options("cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
+  const bool probabilities = input.sym_sizes() == target.sym_sizes();
+  check_shapes(input, target, probabilities);
+  TORCH_CHECK_NOT_IMPLEMENTED(is_served_dtype(input.scalar_type()),
+                              "cross_entropy: input must be float32, float64, bfloat16 or float16, got ",
+                              input.scalar_type());
+  const auto classes = input.sym_size(input.dim() == 1 ? 0 : 1);
+  Tensor x = input, y = target;
+  OptionalTensor w = weight;
+  if (probabilities) {
+    TORCH_CHECK(target.is_floating_point(), "cross_entropy: target of class probabilities must be floating point, got ",
+                target.scalar_type());
+    TORCH_CHECK(ignore_index < 0, "cross_entropy: ignore_index is not supported for class probabilities, got ",
+                ignore_index);
+    const at::ScalarType dtype = at::result_type(input, target);
+    x = x.to(dtype);
+    y = y.to(dtype);
+    if (defined(weight)) w = weight->to(dtype);
+  } else {
+    y = checked_indices("cross_entropy", target);
+  }
+  check_class_weight("cross_entropy", w, x, classes);
+  TORCH_CHECK(!(requires_grad(w) && at::GradMode::is_enabled()),
+              "cross_entropy: weight must not require a gradient (pass weight.detach()), got one that does");
+  // Rows of classes: (C) -> (1, C), (N, C, d1, ...) -> (N d1 ..., C).
+  const bool spatial = input.dim() > 2;
+  if (input.dim() == 1) {
+    x = x.unsqueeze(0);
+    y = y.unsqueeze(0);
+  } else if (spatial) {
+    x = x.movedim(1, -1).reshape_symint({-1, classes});
+    y = probabilities ? y.movedim(1, -1).reshape_symint({-1, classes}) : y.reshape({-1});
+  }
+  Tensor output;
+  if (at::GradMode::is_enabled() && (x.requires_grad() || y.requires_grad())) {
+    // In place only over rows that a kernel can walk: other layouts get a copy of their own to overwrite.
+    const bool overwrite = inplace_backward && is_concrete(x);
+    if (overwrite && !with_unit_stride(x).is_same(x)) x = x.contiguous();
+    output =
+        Node::apply(x, y, w, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, inplace_backward);
+  } else {
+    static const auto op = plain_op<decltype(forward_cpu)>("fastllm::cross_entropy_forward");
+    at::AutoDispatchBelowADInplaceOrView below;
+    output = std::get<0>(op.call(x, y, w, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, false));
+  }
+  if (reduction != kNone) return output;
+  if (input.dim() == 1) return output.squeeze(0);
+  if (!spatial) return output;
+  std::vector<c10::SymInt> shape = input.sym_sizes().vec();
+  shape.erase(shape.begin() + 1);
+  return output.reshape_symint(shape);
+}
+
+TORCH_LIBRARY_FRAGMENT(fastllm, m) {
+  m.def(
+      "cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, float "
+      "label_smoothing, float lse_square_scale, float? softcap, bool inplace_backward) -> Tensor");
+  m.def(
+      "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, float "
+      "label_smoothing, float lse_square_scale, float? softcap, bool need_grad) -> (Tensor output, Tensor lse, Tensor "
+      "grad)");
+  m.def(
+      "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor lse, int "
+      "reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap) -> Tensor");
+  m.def(
+      "cross_entropy_backward_(Tensor grad_output, Tensor(a!) input, Tensor target, Tensor? weight, Tensor lse, int "
+      "reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap) -> ()");
+}
+TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("cross_entropy", cross_entropy); }
+TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
+  m.impl("cross_entropy", cross_entropy);
+  m.impl("cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("cross_entropy_backward_", torch::autograd::autogradNotImplementedFallback());
+}
+TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("cross_entropy_forward", forward_cpu);
+  m.impl("cross_entropy_backward", backward_cpu);
+  m.impl("cross_entropy_backward_", backward_inplace_cpu);
+}
+TORCH_LIBRARY_IMPL(fastllm, Meta, m) {
+  m.impl("cross_entropy_forward", forward_meta);
+  m.impl("cross_entropy_backward", backward_meta);
+  m.impl("cross_entropy_backward_", backward_inplace_meta);
+}
+
+}  // namespace
+}  // namespace fastllm

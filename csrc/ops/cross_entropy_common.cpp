@@ -1,0 +1,142 @@
+#include "cross_entropy_common.h"
+
+FASTLLM_DEFINE_DISPATCH(CrossEntropyKernels, cross_entropy)
+
+namespace fastllm {
+
+CrossEntropyOptions checked_options(const char* op, int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                    double lse_square_scale, std::optional<double> softcap) {
+  TORCH_CHECK_VALUE(reduction >= kNone && reduction <= kSum, op,
+                    ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
+  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing must be between 0.0 and 1.0, got ",
+              label_smoothing);
+  TORCH_CHECK_VALUE(!softcap.has_value() || *softcap > 0, op, ": softcap must be positive or None, got ",
+                    softcap.value_or(0));
+  return {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)};
+}
+
+Tensor cross_entropy_definition(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                const CrossEntropyOptions& o) {
+  const Tensor z = o.softcap == 0 ? logits : at::tanh(logits / o.softcap) * o.softcap;
+  const bool probabilities = target.is_floating_point();
+  const Tensor y = probabilities || target.scalar_type() == at::kLong ? target : target.to(at::kLong);
+  const Tensor loss = at::cross_entropy_loss(z, y, weight, o.reduction, o.ignore_index, o.label_smoothing);
+  if (o.lse_square_scale == 0) return loss;
+  const Tensor acc = z.to(acc_dtype(z.scalar_type()));
+  Tensor squares = at::logsumexp(acc, {1}).square() * o.lse_square_scale;
+  Tensor divisor;
+  if (probabilities) {
+    divisor = at::full_symint({}, squares.sym_size(0), squares.options());
+  } else {
+    const Tensor counted = y != o.ignore_index;
+    squares = at::where(counted, squares, at::zeros({}, squares.options()));
+    const Tensor safe = at::where(counted, y, at::zeros({}, y.options()));
+    divisor = defined(weight) ? (weight->index_select(0, safe).to(squares.scalar_type()) * counted).sum()
+                              : counted.sum().to(squares.scalar_type());
+  }
+  if (o.reduction == kNone) return loss + squares.to(loss.scalar_type());
+  const Tensor sum = squares.sum();
+  return loss + (o.reduction == kSum ? sum : sum / divisor).to(loss.scalar_type());
+}
+
+Tensor checked_indices(const char* op, const Tensor& target) {
+  switch (target.scalar_type()) {
+    case at::kLong:
+    case at::kInt: return target.contiguous();
+    case at::kByte: return target.to(at::kLong).contiguous();
+    default: TORCH_CHECK(false, op, ": target must be int64 or int32 class indices, got ", target.scalar_type());
+  }
+}
+
+void check_class_weight(const char* op, const OptionalTensor& weight, const Tensor& like, const c10::SymInt& classes) {
+  if (!defined(weight)) return;
+  TORCH_CHECK(weight->dim() == 1 && weight->sym_size(0) == classes, op, ": weight must be of shape (", classes,
+              ",), one number for each class, got ", weight->sym_sizes());
+  TORCH_CHECK(weight->scalar_type() == like.scalar_type(), op, ": weight must have input's dtype ", like.scalar_type(),
+              ", got ", weight->scalar_type());
+  TORCH_CHECK(weight->device() == like.device(), op, ": weight must be on input's device ", like.device(), ", got ",
+              weight->device());
+}
+
+RowLoss::RowLoss(const char* op, at::ScalarType dtype, int64_t classes, const Tensor& target,
+                 const OptionalTensor& weight, const CrossEntropyOptions& options)
+    : options_(options), classes_(classes), probabilities_(target.is_floating_point()), target_(target.contiguous()) {
+  const at::ScalarType acc = acc_dtype(dtype);
+  dtype_ = dtype == at::kFloat      ? DType::kF32
+           : dtype == at::kDouble   ? DType::kF64
+           : dtype == at::kBFloat16 ? DType::kBF16
+                                    : DType::kF16;
+  if (defined(weight)) weight_ = weight->to(acc).contiguous();
+  weight_sum_ = weight_.defined() ? (options.label_smoothing > 0 ? weight_.sum(at::kDouble).item<double>() : 0)
+                                  : static_cast<double>(classes);
+  const int64_t rows = target.size(0);
+  double counted = static_cast<double>(rows);
+  if (!probabilities_) {
+    const bool is_int32 = target_.scalar_type() == at::kInt;
+    const int64_t bad = cpu::check_targets(data(target_), is_int32, rows, classes, options.ignore_index, dtype_,
+                                           weight_.defined() ? data(weight_) : nullptr, &counted);
+    TORCH_CHECK_INDEX(bad < 0, op, ": target must be in [0, ", classes, ") or ignore_index ", options.ignore_index,
+                      ", got ", target_.view(-1)[bad < 0 ? 0 : bad].item<int64_t>(), " at position ", bad);
+  }
+  if (options.reduction == kMean) divisor_ = counted;
+  const int64_t size = cpu::cross_entropy_scratch(classes) * num_threads();
+  scratch_ = at::empty({size}, at::TensorOptions().dtype(acc));
+}
+
+cpu::CrossEntropyRows RowLoss::rows(const Tensor& logits, int64_t first, const Tensor& lse, const Tensor& grad,
+                                    double scale, const Tensor& row_scale) const {
+  const auto offset = [&](const Tensor& t, int64_t items) {
+    return static_cast<const char*>(t.const_data_ptr()) + first * items * static_cast<int64_t>(t.element_size());
+  };
+  cpu::CrossEntropyRows r{};
+  r.dtype = dtype_;
+  r.rows = logits.size(0);
+  r.classes = classes_;
+  r.logits = data(logits);
+  r.logits_stride = logits.stride(0);
+  if (probabilities_) {
+    r.probabilities = offset(target_, classes_);
+  } else {
+    r.target = offset(target_, 1);
+    r.target_is_int32 = target_.scalar_type() == at::kInt;
+  }
+  r.weight = weight_.defined() ? data(weight_) : nullptr;
+  r.weight_sum = weight_sum_;
+  r.ignore_index = options_.ignore_index;
+  r.label_smoothing = options_.label_smoothing;
+  r.lse_square_scale = options_.lse_square_scale;
+  r.softcap = options_.softcap;
+  r.lse = lse.mutable_data_ptr();
+  if (grad.defined()) {
+    r.grad = grad.mutable_data_ptr();
+    r.grad_stride = grad.stride(0);
+  }
+  r.scale = scale;
+  r.row_scale = row_scale.defined() ? data(row_scale) : nullptr;
+  r.scratch = scratch_.mutable_data_ptr();
+  return r;
+}
+
+void RowLoss::forward(const Tensor& logits, int64_t first, const Tensor& loss, const Tensor& lse, const Tensor& grad,
+                      double scale, const Tensor& row_scale) const {
+  cpu::CrossEntropyRows r = rows(logits, first, lse, grad, scale, row_scale);
+  r.loss = loss.mutable_data_ptr();
+  cpu::cross_entropy().forward(r);
+}
+
+void RowLoss::backward(const Tensor& logits, int64_t first, const Tensor& lse, const Tensor& grad, double scale,
+                       const Tensor& row_scale) const {
+  cpu::cross_entropy().backward(rows(logits, first, lse, grad, scale, row_scale));
+}
+
+Tensor RowLoss::reduced(const Tensor& loss, at::ScalarType dtype) const {
+  if (options_.reduction == kNone) return loss.to(dtype);
+  double sum = 0;
+  AT_DISPATCH_FLOATING_TYPES(loss.scalar_type(), "cross_entropy", [&] {
+    const scalar_t* rows = loss.const_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < loss.numel(); ++i) sum += rows[i];
+  });
+  return at::full({}, sum / divisor_, at::TensorOptions().dtype(dtype));
+}
+
+}  // namespace fastllm
