@@ -42,7 +42,7 @@ ISA_FLAGS = {
 }
 ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 ISAS = list(ISA_FLAGS) if X86 else ["portable"]
-PLAIN_CPU_FILES = {"isa.cpp", "targets.cpp"}  # in csrc/cpu, yet no kernels
+PLAIN_CPU_FILES = {"isa.cpp", "index_checks.cpp"}  # in csrc/cpu, yet no kernels
 
 
 def version():

@@ -1,5 +1,6 @@
-// The scan of class indices before a kernel trusts them. Built once, with base-line flags.
+// The scans of class indices and ids before a kernel trusts them. Built once, with base-line flags.
 #include "cross_entropy.h"
+#include "embedding.h"
 
 namespace fastllm::cpu {
 namespace {
@@ -26,7 +27,19 @@ int64_t scan_any(const void* target, bool is_int32, int64_t rows, int64_t classe
                   : scan(static_cast<const int64_t*>(target), rows, classes, ignore_index, w, divisor);
 }
 
+template <class Index>
+int64_t scan_ids(const Index* ids, int64_t count, int64_t rows) {
+  for (int64_t i = 0; i < count; ++i)
+    if (ids[i] < 0 || ids[i] >= rows) return i;
+  return -1;
+}
+
 }  // namespace
+
+int64_t check_ids(const void* ids, bool ids_are_int32, int64_t count, int64_t rows) {
+  return ids_are_int32 ? scan_ids(static_cast<const int32_t*>(ids), count, rows)
+                       : scan_ids(static_cast<const int64_t*>(ids), count, rows);
+}
 
 int64_t check_targets(const void* target, bool is_int32, int64_t rows, int64_t classes, int64_t ignore_index,
                       DType dtype, const void* weight, double* divisor) {

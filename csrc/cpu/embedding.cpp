@@ -1,0 +1,243 @@
+// Embedding lookup, and its dense gradient in one write of the table.
+//
+// Eager PyTorch zeroes the gradient of the whole table, then adds rows in the table's dtype, one id after the other.
+// Here positions are sorted by id (a stable counting sort), and each row of the gradient is written once: zeros, or the
+// sum of its positions' gradients, kept in the accumulator and rounded at the store. Traffic: the incoming gradient
+// once and the table once.
+#include "embedding.h"
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace fastllm::cpu::FASTLLM_ISA {
+namespace {
+
+constexpr int64_t kStreamBytes = int64_t{16} << 20;  // outputs beyond this size go past the caches
+
+FASTLLM_INLINE bool aligned(const void* p, int64_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
+
+FASTLLM_INLINE void copy_bytes(char* to, const char* from, int64_t n, bool streaming) {
+  constexpr int64_t w = kVectorBytes;
+  if (n < w) {
+    std::memcpy(to, from, static_cast<size_t>(n));
+    return;
+  }
+  int64_t i = 0;
+  if (streaming && aligned(to, w)) {
+    for (; i + w <= n; i += w) {
+      vec_f32 v;
+      std::memcpy(&v, from + i, w);
+      stream(reinterpret_cast<float*>(to + i), v);
+    }
+  } else {
+    for (; i + w <= n; i += w) {
+      vec_f32 v;
+      std::memcpy(&v, from + i, w);
+      std::memcpy(to + i, &v, w);
+    }
+  }
+  if (i < n) {  // the last vector overlaps the one before
+    vec_f32 v;
+    std::memcpy(&v, from + n - w, w);
+    std::memcpy(to + n - w, &v, w);
+  }
+}
+
+template <class Index>
+void gather(const char* weight, const Index* ids, char* output, int64_t count, int64_t row_bytes) {
+  const bool streaming = count * row_bytes > kStreamBytes;
+  parallel_for(count, 32768 / (row_bytes + 1) + 1, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + 4 < end) {  // rows lie anywhere: begin fetching one a few steps ahead
+        const char* next = weight + static_cast<int64_t>(ids[i + 4]) * row_bytes;
+        for (int64_t line = 0; line < row_bytes && line < 512; line += 64) __builtin_prefetch(next + line);
+      }
+      copy_bytes(output + i * row_bytes, weight + static_cast<int64_t>(ids[i]) * row_bytes, row_bytes, streaming);
+    }
+    stream_fence();
+  });
+}
+
+void forward_entry(const void* weight, const void* ids, bool is_int32, void* output, int64_t count, int64_t row_bytes) {
+  if (is_int32)
+    gather(static_cast<const char*>(weight), static_cast<const int32_t*>(ids), static_cast<char*>(output), count,
+           row_bytes);
+  else
+    gather(static_cast<const char*>(weight), static_cast<const int64_t*>(ids), static_cast<char*>(output), count,
+           row_bytes);
+}
+
+// starts[v] .. starts[v + 1]: where row v's positions stand in `order`, which keeps them ascending.
+template <class Index>
+void counting_sort(const Index* ids, int64_t count, int64_t rows, int64_t* starts, int64_t* order) {
+  std::memset(starts, 0, static_cast<size_t>(rows + 1) * sizeof(int64_t));
+  for (int64_t i = 0; i < count; ++i) ++starts[ids[i]];
+  int64_t total = 0;
+  for (int64_t v = 0; v <= rows; ++v) {  // ends of the rows, moved down to their starts by the placing
+    total += starts[v];
+    starts[v] = total;
+  }
+  for (int64_t i = count; i-- > 0;) order[--starts[ids[i]]] = i;
+}
+
+constexpr int kTile = 4;  // vectors of a row summed at once, in registers
+
+// Sum of grad_output's rows order[first .. last) in columns [c, c + kTile vectors), in the order of positions.
+template <class T, bool kWhole>
+FASTLLM_INLINE void sum_tile(const T* grad_output, const int64_t* order, int64_t first, int64_t last, int64_t features,
+                             int64_t c, int64_t width, vec<acc_t<T>>* sum) {
+  constexpr int w = lanes<T>;
+  for (int k = 0; k < kTile; ++k) sum[k] = vec<acc_t<T>>{};
+  for (int64_t p = first; p < last; ++p) {
+    const T* from = grad_output + order[p] * features + c;
+    for (int k = 0; k < kTile; ++k) {
+      if (kWhole || (k + 1) * w <= width)
+        sum[k] += load(from + k * w);
+      else if (k * w < width)
+        sum[k] += load_partial(from + k * w, width - k * w, acc_t<T>(0));
+    }
+  }
+}
+
+// Calls f(column, vector, size) for the sum over positions [first, last) of `order`, vector by vector.
+template <class T, class F>
+FASTLLM_INLINE void sum_rows(const EmbeddingGradient& g, int64_t first, int64_t last, F f) {
+  constexpr int w = lanes<T>;
+  const T* grad_output = static_cast<const T*>(g.grad_output);
+  vec<acc_t<T>> sum[kTile];
+  for (int64_t c = 0; c < g.features; c += kTile * w) {
+    const int64_t width = g.features - c < kTile * w ? g.features - c : kTile * w;
+    if (width == kTile * w)
+      sum_tile<T, true>(grad_output, g.order, first, last, g.features, c, width, sum);
+    else
+      sum_tile<T, false>(grad_output, g.order, first, last, g.features, c, width, sum);
+    for (int k = 0; k * w < width; ++k) f(c + k * w, sum[k], width - k * w < w ? width - k * w : w);
+  }
+}
+
+template <class T>
+struct Row {
+  T* to;
+  bool streaming;
+  FASTLLM_INLINE void put(int64_t c, vec<acc_t<T>> v, int64_t size) const {
+    if (size < lanes<T>)
+      store_partial(to + c, v, size);
+    else if (streaming)
+      stream(to + c, v);
+    else
+      store(to + c, v);
+  }
+};
+
+int64_t chunks_of(int64_t count) { return (count + kEmbeddingChunk - 1) / kEmbeddingChunk; }
+
+template <class T>
+void write_row(const EmbeddingGradient& g, int64_t v, bool streaming, const acc_t<T>* partial) {
+  using A = acc_t<T>;
+  constexpr int w = lanes<T>;
+  T* to = static_cast<T*>(g.grad) + v * g.features;
+  const Row<T> row{to, streaming && aligned(to, stream_alignment<T>)};
+  const int64_t first = g.starts[v], last = g.starts[v + 1];
+  if (first == last || v == g.padding_idx) {
+    for (int64_t c = 0; c < g.features; c += w) row.put(c, vec<A>{}, g.features - c < w ? g.features - c : w);
+    return;
+  }
+  const A scale = g.scale_by_frequency ? A(1) / static_cast<A>(last - first) : A(1);
+  if (partial == nullptr) {
+    sum_rows<T>(g, first, last, [&](int64_t c, vec<A> v, int64_t size) { row.put(c, v * scale, size); });
+    return;
+  }
+  const int64_t chunks = chunks_of(last - first);
+  for (int64_t c = 0; c < g.features; c += w) {
+    const int64_t size = g.features - c < w ? g.features - c : w;
+    vec<A> sum{};
+    for (int64_t k = 0; k < chunks; ++k) {
+      const A* p = partial + k * g.features + c;
+      sum += size == w ? load(p) : load_partial(p, size, A(0));
+    }
+    row.put(c, sum * scale, size);
+  }
+}
+
+// Lists the chunks of frequent rows as pairs (first, last) of positions in `order`, ascending.
+int64_t list_chunks(const EmbeddingGradient& g) {
+  int64_t n = 0;
+  for (int64_t v = 0; v < g.rows; ++v) {
+    const int64_t first = g.starts[v], last = g.starts[v + 1];
+    if (last - first <= kEmbeddingChunk || v == g.padding_idx) continue;
+    for (int64_t p = first; p < last; p += kEmbeddingChunk, ++n) {
+      g.chunks[2 * n] = p;
+      g.chunks[2 * n + 1] = p + kEmbeddingChunk < last ? p + kEmbeddingChunk : last;
+    }
+  }
+  return n;
+}
+
+int64_t find_chunk(const int64_t* chunks, int64_t n, int64_t first) {
+  int64_t low = 0, high = n;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (chunks[2 * middle] < first)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// First row of piece k of n pieces of about equal work: a row costs its own write and the reads of its positions.
+int64_t piece_begin(const EmbeddingGradient& g, int64_t k, int64_t n) {
+  const int64_t goal = (g.rows + g.count) / n * k;
+  if (k == n) return g.rows;
+  int64_t low = 0, high = g.rows;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (middle + g.starts[middle] < goal)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+template <class T>
+void backward(const EmbeddingGradient& g) {
+  using A = acc_t<T>;
+  if (g.ids_are_int32)
+    counting_sort(static_cast<const int32_t*>(g.ids), g.count, g.rows, g.starts, g.order);
+  else
+    counting_sort(static_cast<const int64_t*>(g.ids), g.count, g.rows, g.starts, g.order);
+  const int64_t chunks = list_chunks(g);
+  A* partial = static_cast<A*>(g.partial);
+  parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      sum_rows<T>(g, g.chunks[2 * k], g.chunks[2 * k + 1],
+                  [&](int64_t c, vec<A> v, int64_t size) { store_partial(partial + k * g.features + c, v, size); });
+  });
+  const bool streaming = g.rows * g.features * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+  const auto write = [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v) {
+      const bool frequent = g.starts[v + 1] - g.starts[v] > kEmbeddingChunk;
+      const int64_t k = frequent ? find_chunk(g.chunks, chunks, g.starts[v]) : 0;
+      write_row<T>(g, v, streaming, frequent ? partial + k * g.features : nullptr);
+    }
+  };
+  if ((g.rows + g.count) * g.features < 32768) {
+    write(0, g.rows);
+    return;
+  }
+  const int64_t pieces = 8 * num_threads();
+  parallel_for(pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) write(piece_begin(g, k, pieces), piece_begin(g, k + 1, pieces));
+    stream_fence();
+  });
+}
+
+void backward_entry(const EmbeddingGradient& g) { FASTLLM_SWITCH_DTYPE(g.dtype, backward<T>(g)) }
+
+}  // namespace
+
+extern const EmbeddingKernels embedding_kernels;
+const EmbeddingKernels embedding_kernels = {forward_entry, backward_entry};
+
+}  // namespace fastllm::cpu::FASTLLM_ISA
