@@ -53,6 +53,11 @@ void gemm_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, d
   }
 }
 
+bool onednn_serves_bf16() {
+  static const bool served = cpu::current_isa() >= cpu::Isa::kAvx512 && at::hasMKLDNN();
+  return served && at::globalContext().userEnabledMkldnn();
+}
+
 const char* float32_gemm_library() { return onednn_serves_float32() ? "oneDNN" : "BLAS"; }
 
 }  // namespace fastllm

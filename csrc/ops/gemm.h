@@ -8,6 +8,9 @@ namespace fastllm {
 // rounding. Any strides; fastest where each operand is contiguous or the transpose of a contiguous matrix.
 void gemm_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double beta = 0);
 
+// Whether oneDNN multiplies bfloat16 matrices on this processor by more than emulation.
+bool onednn_serves_bf16();
+
 // Which library gemm_out takes for float32 here: "oneDNN" or "BLAS".
 const char* float32_gemm_library();
 

@@ -1,0 +1,124 @@
+#include "linear_common.h"
+
+#include "../cpu/linear_relu.h"
+#include "gemm.h"
+
+FASTLLM_DEFINE_DISPATCH(LinearReluKernels, linear_relu)
+
+namespace fastllm {
+
+void check_linear(const char* op, const char* input_name, const Tensor& input, const char* weight_name,
+                  const Tensor& weight, const char* bias_name, const OptionalTensor& bias) {
+  TORCH_CHECK(input.dim() >= 1, op, ": ", input_name, " must have at least 1 dimension, got ", input.dim());
+  TORCH_CHECK(weight.dim() == 2, op, ": ", weight_name, " must be 2-D (out_features, in_features), got ", weight.dim(),
+              "-D ", weight.sym_sizes());
+  TORCH_CHECK(input.sym_size(-1) == weight.sym_size(1), op, ": ", input_name, " must be of shape (*, ",
+              weight.sym_size(1), ") for ", weight_name, " ", weight.sym_sizes(), ", got ", input.sym_sizes());
+  TORCH_CHECK(input.scalar_type() == weight.scalar_type(), op, ": ", weight_name, " must have ", input_name,
+              "'s dtype ", input.scalar_type(), ", got ", weight.scalar_type());
+  TORCH_CHECK(input.device() == weight.device(), op, ": ", weight_name, " must be on ", input_name, "'s device ",
+              input.device(), ", got ", weight.device());
+  TORCH_CHECK(is_served_dtype(input.scalar_type()), op, ": ", input_name,
+              " must be float32, float64, bfloat16 or float16, got ", input.scalar_type());
+  if (!defined(bias)) return;
+  TORCH_CHECK(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), op, ": ", bias_name, " must be of shape (",
+              weight.sym_size(0), ",), got ", bias->sym_sizes());
+  TORCH_CHECK(bias->scalar_type() == input.scalar_type(), op, ": ", bias_name, " must have ", input_name, "'s dtype ",
+              input.scalar_type(), ", got ", bias->scalar_type());
+  TORCH_CHECK(bias->device() == input.device(), op, ": ", bias_name, " must be on ", input_name, "'s device ",
+              input.device(), ", got ", bias->device());
+}
+
+namespace {
+
+// c = relu(a b + bias) by our own kernel; false where the library should do it.
+bool try_small_product(const Tensor& a, const Tensor& b, const Tensor& bias, bool relu, const Tensor& c) {
+  const bool turned = b.stride(1) != 1 && b.size(1) > 1;
+  if (!cpu::is_small_product(a.size(0), a.size(1), b.size(1), turned)) return false;
+  cpu::SmallProduct s{};
+  s.dtype = dtype_tag(a);
+  s.a = data(a);
+  s.a_row = a.stride(0);
+  s.a_inner = a.stride(1);
+  s.b = data(b);
+  s.b_inner = b.stride(0);
+  s.b_column = turned ? b.stride(1) : 1;
+  s.bias = bias.defined() ? data(bias) : nullptr;
+  s.relu = relu;
+  s.c = c.mutable_data_ptr();
+  s.rows = a.size(0);
+  s.inner = a.size(1);
+  s.columns = b.size(1);
+  cpu::linear_relu().small_product(s);
+  return true;
+}
+
+// oneDNN applies bias and ReLU to the float32 sums of a bfloat16 product, before the only rounding.
+OptionalTensor try_fused_bf16(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
+  static const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  if (!op.has_value() || input.scalar_type() != at::kBFloat16 || !onednn_serves_bf16()) return std::nullopt;
+  static const auto call = op->typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view,
+                                            c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>)>();
+  return call.call(input.contiguous(), weight.contiguous(), bias, relu ? "relu" : "none",
+                   c10::List<std::optional<at::Scalar>>(), "");
+}
+
+}  // namespace
+
+Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
+  const int64_t rows = input.size(0), columns = weight.size(0);
+  const Tensor b = defined(bias) ? bias->contiguous() : Tensor();
+  const Tensor turned = weight.t();
+  const bool small = cpu::is_small_product(rows, input.size(1), columns, true);
+  if (!small)
+    if (const OptionalTensor fused = try_fused_bf16(input, weight, bias, relu)) return *fused;
+  const Tensor y = pool::empty({rows, columns}, input.scalar_type());
+  if (y.numel() == 0 || try_small_product(input, turned, b, relu, y)) return y;
+  const DType dtype = dtype_tag(input);
+  const auto& kernels = cpu::linear_relu();
+  // float32 and float64 add the bias in the pass that takes the ReLU. bfloat16 and float16 would round before it: there
+  // the product is added to rows that hold the bias already. Without ReLU that saves the pass, whatever the dtype.
+  const bool late_bias = relu && (dtype == DType::kF32 || dtype == DType::kF64);
+  const bool early_bias = b.defined() && !late_bias;
+  if (early_bias) kernels.fill_rows(dtype, y.mutable_data_ptr(), data(b), rows, columns);
+  gemm_out(y, input, turned, early_bias ? 1 : 0);
+  if (relu) kernels.bias_relu(dtype, y.mutable_data_ptr(), b.defined() && late_bias ? data(b) : nullptr, rows, columns);
+  return y;
+}
+
+MaskedGradient mask_gradient(const Tensor& dy, const OptionalTensor& y, bool need_bias, bool in_place) {
+  const Tensor from = dy.contiguous();
+  const int64_t rows = from.size(0), columns = from.size(1);
+  const bool masked = defined(y);
+  MaskedGradient result;
+  result.dz = !masked || in_place ? from : pool::empty(from.sizes(), from.scalar_type());
+  if (!masked && !need_bias) return result;
+  Tensor partial;
+  if (need_bias) {
+    result.bias = at::empty({columns}, from.options());
+    partial = at::empty({cpu::column_blocks(rows), columns}, from.options().dtype(acc_dtype(from.scalar_type())));
+  }
+  const Tensor output = masked ? y->contiguous() : Tensor();
+  cpu::linear_relu().mask_sum(dtype_tag(from), data(from), masked ? data(output) : nullptr,
+                              masked ? result.dz.mutable_data_ptr() : nullptr,
+                              need_bias ? result.bias.mutable_data_ptr() : nullptr, rows, columns,
+                              need_bias ? partial.mutable_data_ptr() : nullptr);
+  return result;
+}
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  const Tensor out = pool::empty({a.size(0), b.size(1)}, a.scalar_type());
+  if (out.numel() == 0 || try_small_product(a, b, Tensor(), false, out)) return out;
+  gemm_out(out, a, b);
+  return out;
+}
+
+Tensor as_rows(const Tensor& input) {
+  if (input.dim() == 2) return input;
+  if (input.dim() == 1) return input.unsqueeze(0);
+  c10::SymInt rows = 1;
+  for (int64_t d = 0; d + 1 < input.dim(); ++d) rows = rows * input.sym_size(d);
+  return input.reshape_symint({rows, input.sym_size(-1)});
+}
+
+}  // namespace fastllm

@@ -1,0 +1,27 @@
+// What linear_relu, relu_mlp and linear_cross_entropy share: a linear layer's product, mask and bias gradient, its
+// checks.
+#pragma once
+#include "common.h"
+
+namespace fastllm {
+
+// What PyTorch's linear checks of its arguments; weight (out, in), bias (out) or undefined.
+void check_linear(const char* op, const char* input_name, const Tensor& input, const char* weight_name,
+                  const Tensor& weight, const char* bias_name, const OptionalTensor& bias);
+
+// input (M, K), weight (N, K): input weight^T + bias, and its ReLU where asked; rounded once.
+Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu);
+
+// dz = dy where y > 0 (written over dy where `in_place`), and the sum of dz over rows where asked. Without y, dz is dy.
+struct MaskedGradient {
+  Tensor dz, bias;
+};
+MaskedGradient mask_gradient(const Tensor& dy, const OptionalTensor& y, bool need_bias, bool in_place);
+
+// a b into pooled memory.
+Tensor product(const Tensor& a, const Tensor& b);
+
+// input as (rows, features): a view where its layout allows one.
+Tensor as_rows(const Tensor& input);
+
+}  // namespace fastllm

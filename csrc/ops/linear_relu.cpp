@@ -1,0 +1,138 @@
+// linear_relu: autograd node, fake kernels. Kernels: csrc/cpu/linear_relu.cpp and the library's matrix product.
+#include <ATen/autocast_mode.h>
+
+#include "linear_common.h"
+
+namespace fastllm {
+namespace {
+
+Tensor definition(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  return at::relu(at::linear(input, weight, bias));
+}
+
+// --- plain operations: input (M, K), weight (N, K), bias (N) -----------------------------------------------------
+
+Tensor forward_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  return linear_cpu(input, weight, bias, true);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& output, const Tensor& input,
+                                                const Tensor& weight, bool need_input, bool need_weight,
+                                                bool need_bias) {
+  const MaskedGradient g = mask_gradient(grad_output, output, need_bias, false);
+  const auto none = [&] { return at::empty({0}, input.options()); };
+  return {need_input ? product(g.dz, weight) : none(), need_weight ? product(g.dz.t(), input) : none(),
+          need_bias ? g.bias : none()};
+}
+
+Tensor forward_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  return at::empty_symint({input.sym_size(0), weight.sym_size(0)}, input.options());
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_meta(const Tensor& grad_output, const Tensor& output, const Tensor& input,
+                                                 const Tensor& weight, bool need_input, bool need_weight,
+                                                 bool need_bias) {
+  const auto none = [&] { return at::empty({0}, input.options()); };
+  return {need_input ? at::empty_symint(input.sym_sizes(), input.options()) : none(),
+          need_weight ? at::empty_symint(weight.sym_sizes(), input.options()) : none(),
+          need_bias ? at::empty_symint({weight.sym_size(0)}, input.options()) : none()};
+}
+
+Tensor call_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastllm::linear_relu_forward", "").typed<decltype(forward_cpu)>();
+  return op.call(input, weight, bias);
+}
+
+// --- autograd ---------------------------------------------------------------------------------------------------
+
+class Node : public torch::autograd::Function<Node> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const Tensor output = call_forward(input, weight, bias);
+    ctx->save_for_backward({input, weight, output, bias.value_or(Tensor())});
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const bool need_input = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1),
+               need_bias = saved[3].defined() && ctx->needs_input_grad(2);
+    if (at::GradMode::is_enabled()) {
+      return differentiate(
+          [](const variable_list& a) {
+            return definition(a[0], a[1], a[2].defined() ? OptionalTensor(a[2]) : std::nullopt);
+          },
+          {saved[0], saved[1], saved[3]}, {need_input, need_weight, need_bias}, grad_outputs[0]);
+    }
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fastllm::linear_relu_backward", "")
+                               .typed<decltype(backward_cpu)>();
+    const auto [gi, gw, gb] =
+        op.call(grad_outputs[0], saved[2], saved[0], saved[1], need_input, need_weight, need_bias);
+    return {need_input ? gi : Tensor(), need_weight ? gw : Tensor(), need_bias ? gb : Tensor()};
+  }
+};
+
+// --- the operation ----------------------------------------------------------------------------------------------
+
+Tensor linear_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  check_linear("linear_relu", "input", input, "weight", weight, "bias", bias);
+  const Tensor rows = as_rows(input);
+  Tensor output;
+  if (at::GradMode::is_enabled() && (rows.requires_grad() || weight.requires_grad() || requires_grad(bias))) {
+    output = Node::apply(rows, weight, bias);
+  } else {
+    at::AutoDispatchBelowADInplaceOrView below;
+    output = call_forward(rows, weight, bias);
+  }
+  if (input.dim() == 2) return output;
+  if (input.dim() == 1) return output.squeeze(0);
+  std::vector<c10::SymInt> shape = input.sym_sizes().vec();
+  shape.back() = weight.sym_size(0);
+  return output.view_symint(shape);
+}
+
+Tensor call(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastllm::linear_relu", "").typed<decltype(linear_relu)>();
+  return op.call(input, weight, bias);
+}
+
+// As linear under autocast: operands in the lower precision.
+template <c10::DeviceType device>
+Tensor linear_relu_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, device); };
+  return call(cast(input), cast(weight), cast(bias));
+}
+
+TORCH_LIBRARY_FRAGMENT(fastllm, m) {
+  m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_relu_forward(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "linear_relu_backward(Tensor grad_output, Tensor output, Tensor input, Tensor weight, bool need_input, bool "
+      "need_weight, bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+}
+TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("linear_relu", linear_relu); }
+TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
+  m.impl("linear_relu", linear_relu);
+  m.impl("linear_relu_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("linear_relu_backward", torch::autograd::autogradNotImplementedFallback());
+}
+TORCH_LIBRARY_IMPL(fastllm, AutocastCPU, m) { m.impl("linear_relu", linear_relu_autocast<c10::DeviceType::CPU>); }
+TORCH_LIBRARY_IMPL(fastllm, AutocastCUDA, m) { m.impl("linear_relu", linear_relu_autocast<c10::DeviceType::CUDA>); }
+TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("linear_relu_forward", forward_cpu);
+  m.impl("linear_relu_backward", backward_cpu);
+}
+TORCH_LIBRARY_IMPL(fastllm, Meta, m) {
+  m.impl("linear_relu_forward", forward_meta);
+  m.impl("linear_relu_backward", backward_meta);
+}
+
+}  // namespace
+}  // namespace fastllm
