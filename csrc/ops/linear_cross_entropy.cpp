@@ -1,0 +1,396 @@
+// linear_cross_entropy: cross_entropy(input linear_weight^T + linear_bias, target) without the N x V logits.
+//
+// Rows are taken in chunks. A chunk's logits are computed into one reused buffer, the row kernel of cross_entropy turns
+// them into their gradient where they stand, and two more products take that gradient to input and linear_weight: three
+// products, and nothing of size N x V in memory. The gradient of linear_weight is summed over chunks in float32.
+//
+// Chunks are large: each streams linear_weight, and its gradient, once more from memory.
+#include <ATen/autocast_mode.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "../cpu/linear_relu.h"
+#include "cross_entropy_common.h"
+#include "gemm.h"
+#include "linear_common.h"
+
+namespace fastllm {
+namespace {
+
+#define FASTLLM_LCE_OPTIONS                                                                 \
+  int64_t reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale, \
+      std::optional<double> softcap
+
+// Most bytes of logits held at once: the smallest number that costs no speed. FASTLLM_LOSS_WORKSPACE sets another.
+constexpr int64_t kDefaultWorkspace = int64_t{80} << 20;
+constexpr int64_t kRowMultiple = 64;
+
+int64_t workspace_limit() {
+  static const int64_t limit = [] {
+    const char* text = std::getenv("FASTLLM_LOSS_WORKSPACE");
+    if (text == nullptr) return kDefaultWorkspace;
+    char* end = nullptr;
+    const long long bytes = std::strtoll(text, &end, 10);
+    TORCH_CHECK_VALUE(end != text && *end == '\0' && bytes > 0,
+                      "FASTLLM_LOSS_WORKSPACE: expected a number of bytes > 0, got '", text, "'");
+    return static_cast<int64_t>(bytes);
+  }();
+  return limit;
+}
+
+// Rows of a chunk. All of them where chunks would not save memory: several chunks in bfloat16 or float16 need a float32
+// sum of V x D beside the result.
+int64_t chunk_rows(int64_t rows, int64_t classes, int64_t features, int64_t item, bool need_weight) {
+  const int64_t row_bytes = std::max<int64_t>(classes * item, 1);
+  const int64_t chunk = std::max<int64_t>(workspace_limit() / row_bytes / kRowMultiple * kRowMultiple, kRowMultiple);
+  const int64_t sum_bytes = need_weight && item == 2 ? classes * features * 4 : 0;
+  if (rows * row_bytes <= chunk * row_bytes + sum_bytes) return rows;
+  const int64_t chunks = (rows + chunk - 1) / chunk;
+  const int64_t even = (rows + chunks - 1) / chunks;
+  return std::min(chunk, (even + kRowMultiple - 1) / kRowMultiple * kRowMultiple);
+}
+
+struct Needs {
+  bool input, weight, bias;
+  bool any() const { return input || weight || bias; }
+};
+
+struct Gradients {
+  Tensor input, weight, bias;
+};
+
+// The walk over chunks. `loss` (N) acc is written; with needs, so are the gradients of
+// sum_r scale row_scale_r loss_r.
+class Walk {
+ public:
+  Walk(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+       const OptionalTensor& class_weight, const CrossEntropyOptions& options, Needs needs)
+      : input_(input.contiguous()),
+        weight_(weight.contiguous()),
+        bias_(defined(bias) ? bias->contiguous() : Tensor()),
+        rows_("linear_cross_entropy", input.scalar_type(), weight.size(0), target, class_weight, options),
+        needs_(needs) {}
+
+  const RowLoss& rows() const { return rows_; }
+
+  Gradients run(const Tensor& loss, double scale, const Tensor& row_scale) {
+    const int64_t n = input_.size(0), classes = weight_.size(0), features = weight_.size(1);
+    const auto dtype = input_.scalar_type();
+    const int64_t item = static_cast<int64_t>(input_.element_size());
+    const int64_t chunk = n == 0 ? 0 : chunk_rows(n, classes, features, item, needs_.weight);
+    Gradients g;
+    if (needs_.input) g.input = pool::empty(input_.sizes(), dtype);
+    const Tensor logits = pool::empty({chunk, classes}, dtype);
+    const Tensor lse = at::empty({n}, loss.options());
+    for (int64_t first = 0; first < n; first += chunk) {
+      const int64_t count = std::min(chunk, n - first);
+      const Tensor x = input_.narrow(0, first, count), z = logits.narrow(0, 0, count);
+      compute_logits(x, z);
+      rows_.forward(z, first, loss.narrow(0, first, count), lse.narrow(0, first, count), needs_.any() ? z : Tensor(),
+                    scale, row_scale.defined() ? row_scale.narrow(0, first, count) : Tensor());
+      if (needs_.input) gemm_out(g.input.narrow(0, first, count), z, weight_);
+      if (needs_.weight) add_weight_gradient(z, x, first == 0, chunk < n);
+      if (needs_.bias) add_bias_gradient(z, first == 0);
+    }
+    if (needs_.weight) g.weight = n == 0 ? at::zeros_like(weight_) : finished_weight(dtype);
+    if (needs_.bias) g.bias = n == 0 ? at::zeros({classes}, input_.options()) : bias_sum_.to(dtype);
+    return g;
+  }
+
+ private:
+  void compute_logits(const Tensor& x, const Tensor& z) const {
+    if (z.numel() == 0) return;
+    if (bias_.defined())
+      cpu::linear_relu().fill_rows(dtype_tag(z), z.mutable_data_ptr(), data(bias_), z.size(0), z.size(1));
+    gemm_out(z, x, weight_.t(), bias_.defined() ? 1 : 0);
+  }
+
+  // One chunk alone goes straight to its dtype: the library rounds its float32 sums once. Several in bfloat16 or
+  // float16 are added in float32.
+  void add_weight_gradient(const Tensor& dz, const Tensor& x, bool is_first, bool is_one_of_several) {
+    const bool low = dz.element_size() == 2;
+    if (!low || !is_one_of_several) {
+      if (is_first) weight_sum_ = pool::empty(weight_.sizes(), weight_.scalar_type());
+      gemm_out(weight_sum_, dz.t(), x, is_first ? 0 : 1);
+      return;
+    }
+    if (is_first) {
+      part_ = pool::empty(weight_.sizes(), weight_.scalar_type());
+      weight_sum_ = pool::empty(weight_.sizes(), at::kFloat);
+    }
+    gemm_out(part_, dz.t(), x, 0);
+    if (is_first)
+      weight_sum_.copy_(part_);
+    else
+      weight_sum_.add_(part_);
+  }
+
+  Tensor finished_weight(at::ScalarType dtype) {
+    if (weight_sum_.scalar_type() == dtype) return std::move(weight_sum_);
+    return part_.copy_(weight_sum_);
+  }
+
+  void add_bias_gradient(const Tensor& dz, bool is_first) {
+    const Tensor sum = at::sum(dz, {0}, false, acc_dtype(dz.scalar_type()));
+    if (is_first)
+      bias_sum_ = sum;
+    else
+      bias_sum_.add_(sum);
+  }
+
+  Tensor input_, weight_, bias_;
+  RowLoss rows_;
+  Needs needs_;
+  Tensor weight_sum_, part_, bias_sum_;
+};
+
+// --- plain operations: input (N, D), linear_weight (V, D), target (N) or (N, V) ----------------------------------
+
+// The loss in the accumulator's dtype, and under `mean` and `sum` the gradients asked for, for an incoming gradient
+// of 1.
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight,
+                                                       const Tensor& target, const OptionalTensor& linear_bias,
+                                                       const OptionalTensor& weight, FASTLLM_LCE_OPTIONS,
+                                                       bool need_input, bool need_weight, bool need_bias) {
+  const auto options =
+      checked_options("linear_cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
+  const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
+  const Tensor loss = at::empty({input.size(0)}, acc);
+  Walk walk(input, linear_weight, target, linear_bias, weight, options, {need_input, need_weight, need_bias});
+  const Gradients g = walk.run(loss, 1 / walk.rows().divisor(), Tensor());
+  const auto or_none = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, input.options()); };
+  return {walk.rows().reduced(loss, acc.dtype().toScalarType()), or_none(g.input), or_none(g.weight), or_none(g.bias)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& input,
+                                                const Tensor& linear_weight, const Tensor& target,
+                                                const OptionalTensor& linear_bias, const OptionalTensor& weight,
+                                                FASTLLM_LCE_OPTIONS, bool need_input, bool need_weight,
+                                                bool need_bias) {
+  const auto options =
+      checked_options("linear_cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
+  const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
+  const Tensor loss = at::empty({input.size(0)}, acc);
+  Walk walk(input, linear_weight, target, linear_bias, weight, options, {need_input, need_weight, need_bias});
+  const bool by_row = reduction == kNone;
+  const Gradients g = walk.run(loss, by_row ? 1 : grad_output.item<double>() / walk.rows().divisor(),
+                               by_row ? grad_output.to(acc.dtype()).contiguous() : Tensor());
+  const auto or_none = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, input.options()); };
+  return {or_none(g.input), or_none(g.weight), or_none(g.bias)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gradients_meta(const Tensor& input, const Tensor& linear_weight, bool need_input,
+                                                  bool need_weight, bool need_bias) {
+  const auto none = [&] { return at::empty({0}, input.options()); };
+  return {need_input ? at::empty_symint(input.sym_sizes(), input.options()) : none(),
+          need_weight ? at::empty_symint(linear_weight.sym_sizes(), input.options()) : none(),
+          need_bias ? at::empty_symint({linear_weight.sym_size(0)}, input.options()) : none()};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_meta(const Tensor& input, const Tensor& linear_weight,
+                                                        const Tensor& target, const OptionalTensor& linear_bias,
+                                                        const OptionalTensor& weight, FASTLLM_LCE_OPTIONS,
+                                                        bool need_input, bool need_weight, bool need_bias) {
+  const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
+  const Tensor loss = reduction == kNone ? at::empty_symint({input.sym_size(0)}, acc) : at::empty({}, acc);
+  return std::tuple_cat(std::make_tuple(loss),
+                        gradients_meta(input, linear_weight, need_input, need_weight, need_bias));
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_meta(const Tensor& grad_output, const Tensor& input,
+                                                 const Tensor& linear_weight, const Tensor& target,
+                                                 const OptionalTensor& linear_bias, const OptionalTensor& weight,
+                                                 FASTLLM_LCE_OPTIONS, bool need_input, bool need_weight,
+                                                 bool need_bias) {
+  return gradients_meta(input, linear_weight, need_input, need_weight, need_bias);
+}
+
+auto forward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastllm::linear_cross_entropy_forward", "")
+                             .typed<decltype(forward_cpu)>();
+  return op;
+}
+
+// --- autograd ---------------------------------------------------------------------------------------------------
+
+Tensor definition(const variable_list& a, const OptionalTensor& weight, const CrossEntropyOptions& options) {
+  const OptionalTensor bias = a[3].defined() ? OptionalTensor(a[3]) : std::nullopt;
+  const Tensor loss = cross_entropy_definition(at::linear(a[0], a[1], bias), a[2], weight, options);
+  return loss.to(acc_dtype(loss.scalar_type()));
+}
+
+// Gradients are formed in the forward pass, for an incoming gradient of 1, and scaled if it is another. `none` and
+// float16, whose range a later scale could not bring back, walk the chunks again in backward.
+class Node : public torch::autograd::Function<Node> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                        const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const bool early = reduction != kNone && input.scalar_type() != at::kHalf && !target.requires_grad();
+    const bool need_input = input.requires_grad(), need_weight = linear_weight.requires_grad(),
+               need_bias = requires_grad(linear_bias);
+    auto [output, gi, gw, gb] =
+        forward_op().call(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
+                          lse_square_scale, softcap, early && need_input, early && need_weight, early && need_bias);
+    ctx->save_for_backward({input, linear_weight, target, linear_bias.value_or(Tensor()), weight.value_or(Tensor())});
+    ctx->saved_data["integers"] =
+        std::vector<int64_t>{reduction, ignore_index, early, need_input, need_weight, need_bias};
+    ctx->saved_data["numbers"] = std::vector<double>{label_smoothing, lse_square_scale, softcap.value_or(0)};
+    if (early && need_input) ctx->saved_data["grad_input"] = gi;
+    if (early && need_weight) ctx->saved_data["grad_weight"] = gw;
+    if (early && need_bias) ctx->saved_data["grad_bias"] = gb;
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const auto integers = ctx->saved_data["integers"].toIntList();
+    const auto numbers = ctx->saved_data["numbers"].toDoubleList();
+    const CrossEntropyOptions o{integers[0], integers[1], numbers[0], numbers[1], numbers[2]};
+    const bool early = integers[2] != 0, need_input = integers[3] != 0, need_weight = integers[4] != 0,
+               need_bias = integers[5] != 0;
+    const OptionalTensor bias = saved[3].defined() ? OptionalTensor(saved[3]) : std::nullopt;
+    const OptionalTensor weight = saved[4].defined() ? OptionalTensor(saved[4]) : std::nullopt;
+    const Tensor& g = grad_outputs[0];
+    variable_list grads(10);
+    if (at::GradMode::is_enabled() || saved[2].requires_grad()) {
+      const variable_list found = differentiate([&](const variable_list& a) { return definition(a, weight, o); },
+                                                {saved[0], saved[1], saved[2], saved[3]},
+                                                {need_input, need_weight, saved[2].requires_grad(), need_bias}, g);
+      std::copy(found.begin(), found.end(), grads.begin());
+      return grads;
+    }
+    if (early) {
+      if (need_input) grads[0] = scaled(ctx, "grad_input", g);
+      if (need_weight) grads[1] = scaled(ctx, "grad_weight", g);
+      if (need_bias) grads[3] = scaled(ctx, "grad_bias", g);
+      return grads;
+    }
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fastllm::linear_cross_entropy_backward", "")
+                               .typed<decltype(backward_cpu)>();
+    const auto [gi, gw, gb] =
+        op.call(g, saved[0], saved[1], saved[2], bias, weight, o.reduction, o.ignore_index, o.label_smoothing,
+                o.lse_square_scale, o.softcap == 0 ? std::nullopt : std::optional<double>(o.softcap), need_input,
+                need_weight, need_bias);
+    if (need_input) grads[0] = gi;
+    if (need_weight) grads[1] = gw;
+    if (need_bias) grads[3] = gb;
+    return grads;
+  }
+
+ private:
+  static Tensor scaled(AutogradContext* ctx, const char* name, const Tensor& g) {
+    if (!is_concrete(g)) return (ctx->saved_data[name].toTensor() * g).to(ctx->saved_data[name].toTensor().dtype());
+    const Tensor grad = take_saved(ctx, name);
+    return g.item<double>() == 1.0 ? grad : grad.mul_(g);
+  }
+};
+
+// --- the operation ----------------------------------------------------------------------------------------------
+
+Tensor linear_cross_entropy(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                            const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
+  constexpr const char* op = "linear_cross_entropy";
+  checked_options(op, reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
+  TORCH_CHECK(input.dim() == 1 || input.dim() == 2, op, ": input must be 1-D or 2-D, got ", input.dim(), "-D ",
+              input.sym_sizes());
+  check_linear(op, "input", input, "linear_weight", linear_weight, "linear_bias", linear_bias);
+  const bool single = input.dim() == 1;
+  const Tensor x = single ? input.unsqueeze(0) : input;
+  const auto classes = linear_weight.sym_size(0);
+  const bool probabilities =
+      single ? target.dim() == 1 && target.sym_size(0) == classes
+             : target.dim() == 2 && target.sym_size(0) == x.sym_size(0) && target.sym_size(1) == classes;
+  TORCH_CHECK(target.device() == input.device(), op, ": target must be on input's device ", input.device(), ", got ",
+              target.device());
+  Tensor y = single ? target.unsqueeze(0) : target;
+  if (probabilities) {
+    TORCH_CHECK(target.is_floating_point(), op, ": target of class probabilities must be floating point, got ",
+                target.scalar_type());
+    y = y.to(x.scalar_type());
+  } else {
+    TORCH_CHECK_VALUE(y.dim() == 0 || y.sym_size(0) == x.sym_size(0), op, ": target must have input's batch size ",
+                      x.sym_size(0), ", got ", target.sym_sizes());
+    TORCH_CHECK(y.dim() == 1, op, ": target must be of shape (", x.sym_size(0),
+                ",) or hold class probabilities of shape (", x.sym_size(0), ", ", classes, "), got ",
+                target.sym_sizes());
+    y = checked_indices(op, y);
+  }
+  check_class_weight(op, weight, x, classes);
+  TORCH_CHECK(!(requires_grad(weight) && at::GradMode::is_enabled()), op,
+              ": weight must not require a gradient (pass weight.detach()), got one that does");
+  Tensor output;
+  if (at::GradMode::is_enabled() &&
+      (x.requires_grad() || linear_weight.requires_grad() || requires_grad(linear_bias) || y.requires_grad())) {
+    output = Node::apply(x, linear_weight, y, linear_bias, weight, reduction, ignore_index, label_smoothing,
+                         lse_square_scale, softcap);
+  } else {
+    at::AutoDispatchBelowADInplaceOrView below;
+    output = std::get<0>(forward_op().call(x, linear_weight, y, linear_bias, weight, reduction, ignore_index,
+                                           label_smoothing, lse_square_scale, softcap, false, false, false));
+  }
+  return single && reduction == kNone ? output.squeeze(0) : output;
+}
+
+// Under autocast the products are in the lower precision, and the loss stays in float32.
+template <c10::DeviceType device>
+Tensor linear_cross_entropy_autocast(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                                     const OptionalTensor& linear_bias, const OptionalTensor& weight,
+                                     FASTLLM_LCE_OPTIONS) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, device); };
+  return linear_cross_entropy(cast(input), cast(linear_weight), target, cast(linear_bias), cast(weight), reduction,
+                              ignore_index, label_smoothing, lse_square_scale, softcap);
+}
+
+Tensor in_input_dtype(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                      const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
+  return linear_cross_entropy(input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+                              label_smoothing, lse_square_scale, softcap)
+      .to(input.scalar_type());
+}
+
+TORCH_LIBRARY_FRAGMENT(fastllm, m) {
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
+      "int "
+      "reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap) -> Tensor");
+  m.def(
+      "linear_cross_entropy_forward(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? "
+      "weight, int reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap, bool "
+      "need_input, bool need_weight, bool need_bias) -> (Tensor output, Tensor grad_input, Tensor grad_weight, Tensor "
+      "grad_bias)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor linear_weight, Tensor target, Tensor? "
+      "linear_bias, Tensor? weight, int reduction, int ignore_index, float label_smoothing, float lse_square_scale, "
+      "float? softcap, bool need_input, bool need_weight, bool need_bias) -> (Tensor grad_input, Tensor grad_weight, "
+      "Tensor grad_bias)");
+}
+TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("linear_cross_entropy", in_input_dtype); }
+TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
+  m.impl("linear_cross_entropy", in_input_dtype);
+  m.impl("linear_cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("linear_cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
+}
+TORCH_LIBRARY_IMPL(fastllm, AutocastCPU, m) {
+  m.impl("linear_cross_entropy", linear_cross_entropy_autocast<c10::DeviceType::CPU>);
+}
+TORCH_LIBRARY_IMPL(fastllm, AutocastCUDA, m) {
+  m.impl("linear_cross_entropy", linear_cross_entropy_autocast<c10::DeviceType::CUDA>);
+}
+TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("linear_cross_entropy_forward", forward_cpu);
+  m.impl("linear_cross_entropy_backward", backward_cpu);
+}
+TORCH_LIBRARY_IMPL(fastllm, Meta, m) {
+  m.impl("linear_cross_entropy_forward", forward_meta);
+  m.impl("linear_cross_entropy_backward", backward_meta);
+}
+
+}  // namespace
+}  // namespace fastllm
