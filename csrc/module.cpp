@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
+#include "ops/gemm.h"
 #include "ops/pool.h"
 
 namespace py = pybind11;
@@ -9,6 +10,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastllm's compiled operations (torch.ops.fastllm) and memory pool";
   m.def("cpu_capability", [] { return fastllm::cpu::isa_name(fastllm::cpu::current_isa()); });
+  m.def("float32_gemm_library", &fastllm::float32_gemm_library);
   m.def("pool_limit", [] { return fastllm::pool::stats().limit; });
   m.def("set_pool_limit", [](int64_t bytes) {
     if (bytes < 0) throw py::value_error("set_pool_limit: bytes must be >= 0, got " + std::to_string(bytes));

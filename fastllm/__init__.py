@@ -1,0 +1,34 @@
+"""Fused kernels for training language models in PyTorch.
+
+``fastllm.functional`` holds the operations, ``fastllm.nn`` the layers, ``fastllm.models`` a small language model.
+"""
+
+from fastllm import functional, memory, nn
+from fastllm._version import __version__
+from fastllm.backends import info, set_backend, use_backend
+from fastllm.nn import CrossEntropyLoss, Embedding, LinearCrossEntropyLoss, LinearReLU, MSELoss, ReLUMLP
+
+__all__ = [
+    "CrossEntropyLoss",
+    "Embedding",
+    "LinearCrossEntropyLoss",
+    "LinearReLU",
+    "MSELoss",
+    "ReLUMLP",
+    "__version__",
+    "functional",
+    "info",
+    "memory",
+    "models",
+    "nn",
+    "set_backend",
+    "use_backend",
+]
+
+
+def __getattr__(name: str):
+    if name == "models":
+        import importlib
+
+        return importlib.import_module("fastllm.models")
+    raise AttributeError(f"module 'fastllm' has no attribute {name!r}")

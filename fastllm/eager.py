@@ -1,0 +1,98 @@
+"""The definition of every operation in plain PyTorch: what the kernels are tested against, and the fallback where no
+kernel serves a tensor. Differentiable any number of times, and by PyTorch's transforms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """``weight[input]``."""
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``max(input @ weight.T + bias, 0)``."""
+    return torch.relu(F.linear(input, weight, bias))
+
+
+def relu_mlp(input: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
+    """``max(input @ weight1.T + bias1, 0) @ weight2.T + bias2``."""
+    return F.linear(torch.relu(F.linear(input, weight1, bias1)), weight2, bias2)
+
+
+def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None) -> Tensor:
+    """``reduction(weight * (input - target)**2)``; ``mean`` divides by the sum of the weights where they are given."""
+    if weight is None:
+        expanded_input, expanded_target = torch.broadcast_tensors(input, target)
+        return F.mse_loss(expanded_input, expanded_target, reduction=reduction)
+    if weight.size() != input.size():
+        raise ValueError(f"mse_loss: weight must have input's size {tuple(input.shape)}, got {tuple(weight.shape)}")
+    squares = torch.square(input - target) * weight
+    if reduction == "none":
+        return squares
+    return squares.sum() if reduction == "sum" else squares.sum() / weight.sum()
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """``F.cross_entropy`` of ``softcap * tanh(input / softcap)``, plus ``lse_square_scale * logsumexp**2`` a counted
+    token.""" logits = input if softcap is None else softcap * torch.tanh(input / softcap)
+    probabilities = target.shape == input.shape
+    if not probabilities and target.dtype == torch.int32:
+        target = target.long()
+    loss = F.cross_entropy(
+        logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+    if lse_square_scale == 0.0:
+        return loss
+    class_dim = 0 if input.dim() == 1 else 1
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    squares = lse_square_scale * torch.logsumexp(wide, class_dim).square()
+    if probabilities:
+        divisor = float(max(squares.numel(), 1))
+    else:
+        counted = target != ignore_index
+        squares = torch.where(counted, squares, 0.0)
+        if weight is None:
+            divisor = counted.sum()
+        else:
+            divisor = torch.where(counted, weight[torch.where(counted, target, 0)], 0.0).sum()
+    if reduction == "none":
+        return loss + squares.to(loss.dtype)
+    return loss + (squares.sum() if reduction == "sum" else squares.sum() / divisor).to(loss.dtype)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """``cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)``."""
+    logits = F.linear(input, linear_weight, linear_bias)
+    return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, lse_square_scale, softcap)

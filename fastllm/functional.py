@@ -1,0 +1,415 @@
+"""The operations, with the signatures of ``torch.nn.functional``: changing the import is the whole migration.
+
+Every function accepts float32, float64, bfloat16 and float16 tensors of any layout, keeps its sums in float32
+(float64 for
+float64), rounds a result once, and gives the same bits when called again. Derivatives of any order, ``torch.compile``,
+autocast, activation checkpointing and PyTorch's function transforms work as for PyTorch's own functions.
+
+Which backend computes a call: ``fastllm.backends``.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+
+from fastllm import _native, eager
+from fastllm.backends import native
+
+__all__ = ["cross_entropy", "embedding", "linear_cross_entropy", "linear_relu", "mse_loss", "relu_mlp"]
+
+if _native.extension is not None:
+    _embedding = torch.ops.fastllm.embedding.default
+    _linear_relu = torch.ops.fastllm.linear_relu.default
+    _relu_mlp = torch.ops.fastllm.relu_mlp.default
+    _mse_loss = torch.ops.fastllm.mse_loss.default
+    _cross_entropy = torch.ops.fastllm.cross_entropy.default
+    _linear_cross_entropy = torch.ops.fastllm.linear_cross_entropy.default
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def _reduction_name(op: str, reduction: str, size_average: bool | None, reduce: bool | None) -> str:
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
+    return reduction
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    r"""Look rows of a table up: :math:`y_{i,:} = W_{x_i,:}`.
+
+    The gradient of a row is the sum of the incoming gradients of its positions, in float32 (float64 for float64) and
+    in the order of positions, rounded once.
+
+    Parameters
+    ----------
+    input : Tensor
+        ``(*)`` ids, int64 or int32, each in ``[0, V)``.
+    weight : Tensor
+        ``(V, D)`` table.
+    padding_idx : int, optional
+        A row whose gradient is zero.
+    max_norm, norm_type : float, optional
+        Rows that are looked up and whose ``norm_type``-norm exceeds ``max_norm`` are rescaled to it first, in place.
+    scale_grad_by_freq : bool
+        Divide a row's gradient by the number of its positions.
+    sparse : bool
+        Make the gradient of ``weight`` a sparse COO tensor.
+
+    Returns
+    -------
+    Tensor
+        ``(*, D)``, of ``weight``'s dtype.
+
+    Raises
+    ------
+    IndexError
+        An id outside ``[0, V)``; the message names the id and its position.
+    RuntimeError
+        ``input`` of another dtype, ``weight`` not 2-D, or tensors on different devices.
+    AssertionError
+        ``padding_idx`` outside ``[-V, V)``.
+
+    Notes
+    -----
+    Signature and semantics of :func:`torch.nn.functional.embedding`.
+    """
+    if not native("embedding", weight):
+        return eager.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if not isinstance(input, Tensor):
+        raise TypeError(f"embedding: input must be a Tensor, got {type(input).__name__}")
+    if padding_idx is None:
+        padding_idx = -1
+    else:
+        rows = weight.size(0)
+        if not -rows <= padding_idx < rows:
+            raise AssertionError(f"embedding: padding_idx must be in [{-rows}, {rows}), got {padding_idx}")
+        padding_idx %= rows
+    if max_norm is not None:
+        input = input.contiguous()
+        with torch.no_grad():
+            torch.embedding_renorm_(weight, input, max_norm, norm_type)
+    return _embedding(input, weight, padding_idx, scale_grad_by_freq, sparse)
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""Linear layer and ReLU: :math:`y = \max(x W^\top + b, 0)`.
+
+    Bias and ReLU are applied to the sums before the only rounding; backward masks the incoming gradient and sums the
+    bias's gradient in one pass. ``relu(NaN)`` is NaN.
+
+    Parameters
+    ----------
+    input : Tensor
+        ``(*, K)``.
+    weight : Tensor
+        ``(N, K)``, of ``input``'s dtype.
+    bias : Tensor, optional
+        ``(N,)``, of ``input``'s dtype.
+
+    Returns
+    -------
+    Tensor
+        ``(*, N)``.
+
+    Raises
+    ------
+    RuntimeError
+        Shapes, dtypes or devices that do not match.
+
+    Notes
+    -----
+    ``torch.relu(torch.nn.functional.linear(input, weight, bias))``.
+    """
+    if not native("linear_relu", input):
+        return eager.linear_relu(input, weight, bias)
+    return _linear_relu(input, weight, bias)
+
+
+def relu_mlp(input: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
+    r"""Two linear layers with a ReLU between: :math:`y = \max(x W_1^\top + b_1, 0)\, W_2^\top + b_2`.
+
+    One autograd node; only the hidden activation is kept for backward.
+
+    Parameters
+    ----------
+    input : Tensor
+        ``(*, K)``.
+    weight1, bias1 : Tensor, Tensor or None
+        ``(H, K)`` and ``(H,)``.
+    weight2, bias2 : Tensor, Tensor or None
+        ``(N, H)`` and ``(N,)``.
+
+    Returns
+    -------
+    Tensor
+        ``(*, N)``.
+
+    Raises
+    ------
+    RuntimeError
+        Shapes, dtypes or devices that do not match.
+    """
+    if not native("relu_mlp", input):
+        return eager.relu_mlp(input, weight1, bias1, weight2, bias2)
+    return _relu_mlp(input, weight1, bias1, weight2, bias2)
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Mean squared error: :math:`\ell_i = w_i (x_i - t_i)^2`.
+
+    Differences and sums are float32 for bfloat16 and float16, so float16 does not overflow where the loss is finite.
+
+    Parameters
+    ----------
+    input, target : Tensor
+        Broadcast against each other, with a warning if their sizes differ.
+    size_average, reduce : bool, optional
+        Deprecated, as in PyTorch.
+    reduction : str
+        ``"none"``, ``"sum"``, or ``"mean"``: divided by the number of elements, or by the sum of ``weight``.
+    weight : Tensor, optional
+        One factor for each element, of ``input``'s size.
+
+    Returns
+    -------
+    Tensor
+        0-dim, or the broadcast shape for ``"none"``.
+
+    Raises
+    ------
+    ValueError
+        Another ``reduction``, or ``weight`` of another size.
+    RuntimeError
+        Sizes that do not broadcast.
+
+    Notes
+    -----
+    Signature and semantics of :func:`torch.nn.functional.mse_loss`.
+    """
+    if not native("mse_loss", input):
+        if size_average is not None or reduce is not None:
+            reduction = _reduction.legacy_get_string(size_average, reduce)
+        return eager.mse_loss(input, target, reduction, weight)
+    if target.size() != input.size():
+        warnings.warn(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+            "This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=2,
+        )
+    reduction = _reduction_name("mse_loss", reduction, size_average, reduce)
+    return _mse_loss(input, target, weight, _REDUCTIONS[reduction])
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Cross-entropy of logits :math:`x` and class :math:`y`: :math:`\ell = w_y(\log\sum_c e^{z_c} - z_y)`, with
+    :math:`z = x`, or :math:`z = s\tanh(x/s)` under ``softcap`` s.
+
+    Parameters
+    ----------
+    input : Tensor
+        ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)`` logits.
+    target : Tensor
+        Class indices, int64 or int32, of input's shape without C, each in ``[0, C)`` or ``ignore_index``; or class
+        probabilities of input's shape.
+    weight : Tensor, optional
+        ``(C,)`` weights of the classes.
+    size_average, reduce : bool, optional
+        Deprecated, as in PyTorch.
+    ignore_index : int
+        Targets that count neither in the loss nor in the mean's divisor; their logits are not read.
+    reduction : str
+        ``"none"``, ``"sum"``, or ``"mean"``: divided by the sum of the counted targets' weights (by the number of
+        rows for class probabilities).
+    label_smoothing : float
+        Share in ``[0, 1]`` of the target that is spread evenly over the classes.
+    lse_square_scale : float
+        s adds ``s * logsumexp(z)**2`` to the loss of each counted row (the z-loss of PaLM, arXiv:2204.02311).
+    softcap : float, optional
+        Caps the logits (Gemma 2, arXiv:2408.00118).
+    inplace_backward : bool
+        Let backward write the gradient over the logits' storage. The logits keep their values until then; a second
+        backward through them is a RuntimeError. Logits whose rows are not contiguous in memory are copied first.
+
+    Returns
+    -------
+    Tensor
+        0-dim, or of the class indices' shape for ``"none"``; of input's dtype.
+
+    Raises
+    ------
+    IndexError
+        A class index outside ``[0, C)`` that is not ``ignore_index``.
+    ValueError
+        Another ``reduction``, batch sizes that do not match, ``softcap <= 0``.
+    RuntimeError
+        Other shapes, dtypes or devices that do not match; ``label_smoothing`` outside ``[0, 1]``.
+
+    Notes
+    -----
+    Signature and semantics of :func:`torch.nn.functional.cross_entropy`. The softmax is taken online, block by block
+    (arXiv:1805.02867), and under ``"mean"`` and ``"sum"`` the gradient is formed in the same visit of a row.
+    """
+    if not native("cross_entropy", input):
+        if size_average is not None or reduce is not None:
+            reduction = _reduction.legacy_get_string(size_average, reduce)
+        return eager.cross_entropy(
+            input, target, weight, ignore_index, reduction, label_smoothing, lse_square_scale, softcap
+        )
+    reduction = _reduction_name("cross_entropy", reduction, size_average, reduce)
+    return _cross_entropy(
+        input,
+        target,
+        weight,
+        _REDUCTIONS[reduction],
+        ignore_index,
+        label_smoothing,
+        lse_square_scale,
+        softcap,
+        inplace_backward,
+    )
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    r"""``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without the N x V logits.
+
+    Logits exist for a chunk of rows at a time: at most 80 MiB of them, unless the environment variable
+    ``FASTLLM_LOSS_WORKSPACE`` gives another number of bytes, and never fewer than 64 rows. In bfloat16 and float16
+    chunks
+    are taken only where they need less memory than all logits at once, because several chunks add the gradient of
+    ``linear_weight`` up in float32.
+
+    Parameters
+    ----------
+    input : Tensor
+        ``(N, D)`` or ``(D,)``.
+    linear_weight : Tensor
+        ``(V, D)``, or ``(V, d1, ..., D)`` for a K-dimensional loss; the latter holds its logits.
+    target : Tensor
+        ``(N,)`` class indices, int64 or int32, or ``(N, V)`` class probabilities; without N for ``(D,)`` input.
+    linear_bias : Tensor, optional
+        ``(V,)``.
+    weight, reduction, ignore_index, label_smoothing, lse_square_scale, softcap
+        As for :func:`cross_entropy`; ``ignore_index=None`` means -100.
+
+    Returns
+    -------
+    Tensor
+        0-dim, or ``(N,)`` for ``"none"``; of input's dtype.
+
+    Raises
+    ------
+    As :func:`cross_entropy`, and RuntimeError for ``input`` that is neither 1-D nor 2-D.
+
+    Notes
+    -----
+    Signature of PyTorch 2.13's ``torch.nn.functional.linear_cross_entropy``.
+    """
+    op = "linear_cross_entropy"
+    if input.dim() < 1 or input.dim() > 2:
+        raise RuntimeError(f"{op}: input must be 1-D or 2-D, got shape {tuple(input.shape)}")
+    if linear_weight.dim() < 2:
+        raise RuntimeError(f"{op}: linear_weight must be at least 2-D, got shape {tuple(linear_weight.shape)}")
+    if ignore_index is None:
+        ignore_index = -100
+    if linear_weight.dim() > 2:
+        logits = _spatial_logits(input, linear_weight, linear_bias)
+        return cross_entropy(
+            logits,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            softcap=softcap,
+        )
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
+    if not native(op, input):
+        return eager.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            weight,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            lse_square_scale,
+            softcap,
+        )
+    return _linear_cross_entropy(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        weight,
+        _REDUCTIONS[reduction],
+        ignore_index,
+        label_smoothing,
+        lse_square_scale,
+        softcap,
+    )
+
+
+def _spatial_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """Logits ``(N, V, d1, ...)`` of a K-dimensional loss."""
+    if input.dim() != 2:
+        raise RuntimeError(
+            f"linear_cross_entropy: input must be 2-D for linear_weight {tuple(linear_weight.shape)}, "
+            f"got shape {tuple(input.shape)}"
+        )
+    shape = linear_weight.shape[:-1]
+    if linear_bias is not None and linear_bias.shape != shape:
+        raise RuntimeError(
+            f"linear_cross_entropy: linear_bias must be of shape {tuple(shape)}, got {tuple(linear_bias.shape)}"
+        )
+    bias = None if linear_bias is None else linear_bias.flatten()
+    return torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias).unflatten(1, shape)
