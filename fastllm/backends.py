@@ -1,10 +1,9 @@
 """Which backend serves a call: the one table, the switch, and the report.
 
 ``auto`` takes the fastest backend that serves the tensor at hand, and ``eager`` (plain PyTorch) where none does. A
-backend
-that was asked for by name serves the call or raises; it is never silently replaced. The exceptions are PyTorch's own
-transforms (``torch.func``, forward-mode derivatives, tensor subclasses): compiled operations cannot be traced by
-them, so the eager definition, which they differentiate, is used under any backend.
+backend that was asked for by name serves the call or raises; it is never silently replaced. The exceptions are
+PyTorch's own transforms (``torch.func``, forward-mode derivatives, tensor subclasses): compiled operations cannot be
+traced by them, so the eager definition, which they differentiate, is used under any backend.
 """
 
 from __future__ import annotations

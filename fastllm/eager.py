@@ -54,8 +54,8 @@ def cross_entropy(
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """``F.cross_entropy`` of ``softcap * tanh(input / softcap)``, plus ``lse_square_scale * logsumexp**2`` a counted
-    token.""" logits = input if softcap is None else softcap * torch.tanh(input / softcap)
+    """``F.cross_entropy`` of ``softcap * tanh(input / softcap)``, plus ``lse_square_scale * logsumexp**2`` a token."""
+    logits = input if softcap is None else softcap * torch.tanh(input / softcap)
     probabilities = target.shape == input.shape
     if not probabilities and target.dtype == torch.int32:
         target = target.long()

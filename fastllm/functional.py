@@ -1,9 +1,9 @@
 """The operations, with the signatures of ``torch.nn.functional``: changing the import is the whole migration.
 
 Every function accepts float32, float64, bfloat16 and float16 tensors of any layout, keeps its sums in float32
-(float64 for
-float64), rounds a result once, and gives the same bits when called again. Derivatives of any order, ``torch.compile``,
-autocast, activation checkpointing and PyTorch's function transforms work as for PyTorch's own functions.
+(float64 for float64), rounds a result once, and gives the same bits when called again. Derivatives of any order,
+``torch.compile``, autocast, activation checkpointing and PyTorch's function transforms work as for PyTorch's own
+functions.
 
 Which backend computes a call: ``fastllm.backends``.
 """

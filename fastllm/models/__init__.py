@@ -1,0 +1,5 @@
+"""Language models on fastllm's operations."""
+
+from fastllm.models.mlp import MLPLanguageModel
+
+__all__ = ["MLPLanguageModel"]
