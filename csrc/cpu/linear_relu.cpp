@@ -26,50 +26,90 @@ FASTLLM_INLINE void store_some(T* p, vec<acc_t<T>> v, int64_t size) {
     store_partial(p, v, size);
 }
 
-// One vector of columns of kRows rows of c.
+// kRows rows and two vectors of columns of c; b: the columns from j on, rows b_inner apart.
 template <class T, int kRows, class B>
 FASTLLM_INLINE void small_tile(const SmallProduct& s, const B* b, int64_t b_inner, int64_t i, int64_t j, int64_t size) {
   using A = acc_t<T>;
+  constexpr int w = lanes<T>;
   const T* a = static_cast<const T*>(s.a) + i * s.a_row;
-  vec<A> total[kRows] = {};
+  const int64_t first = size < w ? size : w, second = size - first;
+  vec<A> total[kRows][2] = {};
   // Sums of a few hundred terms join the total one by one: the error grows with their number, not with `inner`.
   for (int64_t begin = 0; begin < s.inner; begin += 256) {
     const int64_t end = begin + 256 < s.inner ? begin + 256 : s.inner;
-    vec<A> sum[kRows] = {};
+    vec<A> sum[kRows][2] = {};
     for (int64_t p = begin; p < end; ++p) {
-      const vec<A> v = load_some(b + p * b_inner + j, size);
-      for (int k = 0; k < kRows; ++k) sum[k] += v * to_acc(a[k * s.a_row + p * s.a_inner]);
+      const vec<A> u = load_some(b + p * b_inner, first);
+      const vec<A> v = second > 0 ? load_some(b + p * b_inner + w, second) : vec<A>{};
+      for (int k = 0; k < kRows; ++k) {
+        const A factor = to_acc(a[k * s.a_row + p * s.a_inner]);
+        sum[k][0] += u * factor;
+        sum[k][1] += v * factor;
+      }
     }
-    for (int k = 0; k < kRows; ++k) total[k] += sum[k];
+    for (int k = 0; k < kRows; ++k) {
+      total[k][0] += sum[k][0];
+      total[k][1] += sum[k][1];
+    }
   }
   const T* bias = static_cast<const T*>(s.bias);
-  for (int k = 0; k < kRows; ++k) {
-    vec<A> v = total[k];
-    if (bias != nullptr) v += load_some(bias + j, size);
-    if (s.relu) v = v <= 0 ? vec<A>{} : v;
-    store_some(static_cast<T*>(s.c) + (i + k) * s.columns + j, v, size);
-  }
+  for (int k = 0; k < kRows; ++k)
+    for (int h = 0; h < 2; ++h) {
+      const int64_t some = h == 0 ? first : second;
+      if (some <= 0) continue;
+      vec<A> v = total[k][h];
+      if (bias != nullptr) v += load_some(bias + j + h * w, some);
+      if (s.relu) v = v <= 0 ? vec<A>{} : v;
+      store_some(static_cast<T*>(s.c) + (i + k) * s.columns + j + h * w, v, some);
+    }
 }
 
 template <class T, class B>
-void small_rows(const SmallProduct& s, const B* b, int64_t b_inner) {
-  constexpr int w = lanes<T>;
-  for (int64_t j = 0; j < s.columns; j += w) {
-    const int64_t size = s.columns - j < w ? s.columns - j : w;
-    int64_t i = 0;
-    for (; i + 8 <= s.rows; i += 8) small_tile<T, 8>(s, b, b_inner, i, j, size);
-    for (; i < s.rows; ++i) small_tile<T, 1>(s, b, b_inner, i, j, size);
+void small_stripe(const SmallProduct& s, const B* b, int64_t b_inner, int64_t i, int64_t last_row, int64_t j,
+                  int64_t last_column) {
+  constexpr int64_t wide = 2 * lanes<T>;
+  for (; j < last_column; j += wide, b += wide) {
+    const int64_t size = last_column - j < wide ? last_column - j : wide;
+    int64_t r = i;
+    for (; r + 8 <= last_row; r += 8) small_tile<T, 8>(s, b, b_inner, r, j, size);
+    for (; r < last_row; ++r) small_tile<T, 1>(s, b, b_inner, r, j, size);
   }
+}
+
+constexpr int64_t kTurned = 4096;  // items of b, turned to rows of contiguous columns in the first cache
+constexpr int64_t kRowsOfTask = 256;
+
+// A stripe of columns of b whose columns are not contiguous, turned first.
+template <class T>
+void turned_stripe(const SmallProduct& s, int64_t i, int64_t last_row, int64_t j, int64_t last_column) {
+  const T* b = static_cast<const T*>(s.b);
+  acc_t<T> turned[kTurned];
+  const int64_t width = last_column - j;
+  for (int64_t c = 0; c < width; ++c)
+    for (int64_t p = 0; p < s.inner; ++p) turned[p * width + c] = to_acc(b[p * s.b_inner + (j + c) * s.b_column]);
+  small_stripe<T>(s, turned, width, i, last_row, j, last_column);
 }
 
 template <class T>
 void small_product(const SmallProduct& s) {
-  const T* b = static_cast<const T*>(s.b);
-  if (s.b_column == 1) return small_rows<T>(s, b, s.b_inner);
-  acc_t<T> turned[kSmallTranspose];
-  for (int64_t j = 0; j < s.columns; ++j)
-    for (int64_t p = 0; p < s.inner; ++p) turned[p * s.columns + j] = to_acc(b[p * s.b_inner + j * s.b_column]);
-  small_rows<T>(s, turned, s.columns);
+  constexpr int64_t wide = 2 * lanes<T>;
+  const bool turn = s.b_column != 1;
+  int64_t stripe = turn ? kTurned / s.inner / wide * wide : 8 * wide;
+  if (stripe < wide) stripe = kTurned / s.inner;
+  const int64_t stripes = (s.columns + stripe - 1) / stripe, blocks = (s.rows + kRowsOfTask - 1) / kRowsOfTask;
+  const int64_t task_work =
+      (s.columns < stripe ? s.columns : stripe) * s.inner * (s.rows < kRowsOfTask ? s.rows : kRowsOfTask);
+  parallel_for(stripes * blocks, (int64_t{1} << 18) / (task_work + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t / stripes * kRowsOfTask, j = t % stripes * stripe;
+      const int64_t last_row = i + kRowsOfTask < s.rows ? i + kRowsOfTask : s.rows;
+      const int64_t last_column = j + stripe < s.columns ? j + stripe : s.columns;
+      if (turn)
+        turned_stripe<T>(s, i, last_row, j, last_column);
+      else
+        small_stripe<T>(s, static_cast<const T*>(s.b) + j, s.b_inner, i, last_row, j, last_column);
+    }
+  });
 }
 
 void small_product_entry(const SmallProduct& s) { FASTLLM_SWITCH_DTYPE(s.dtype, small_product<T>(s)) }
@@ -100,8 +140,8 @@ void fill_rows(T* y, const T* bias, int64_t rows, int64_t columns) {
 
 // One block of rows and one stripe of columns [c, c + kTile vectors).
 template <class T>
-void mask_sum_tile(const T* dy, const T* y, T* dz, acc_t<T>* partial, int64_t first, int64_t last, int64_t c,
-                   int64_t width, int64_t columns) {
+void mask_tile(const T* dy, const T* y, T* dz, acc_t<T>* partial, int64_t first, int64_t last, int64_t c, int64_t width,
+               int64_t columns) {
   using A = acc_t<T>;
   constexpr int w = lanes<T>;
   for (int64_t k = 0; k < width; k += w) {
@@ -121,24 +161,26 @@ void mask_sum_tile(const T* dy, const T* y, T* dz, acc_t<T>* partial, int64_t fi
 }
 
 template <class T>
-void mask_sum(const T* dy, const T* y, T* dz, T* sums, int64_t rows, int64_t columns, acc_t<T>* partial) {
-  using A = acc_t<T>;
+void mask(const T* dy, const T* y, T* dz, int64_t rows, int64_t columns, acc_t<T>* partial) {
   constexpr int64_t stripe = 8 * lanes<T>;
   const int64_t blocks = column_blocks(rows), stripes = (columns + stripe - 1) / stripe;
-  A* to = sums == nullptr ? nullptr : partial;
-  parallel_for(blocks * stripes, kGrain / (kColumnBlock * stripe) + 1, [=](int64_t begin, int64_t end) {
+  const int64_t task = (rows < kColumnBlock ? rows : kColumnBlock) * (columns < stripe ? columns : stripe);
+  parallel_for(blocks * stripes, kGrain / (task + 1) + 1, [=](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t b = t / stripes, c = (t % stripes) * stripe;
       const int64_t first = b * kColumnBlock, last = first + kColumnBlock < rows ? first + kColumnBlock : rows;
       const int64_t width = columns - c < stripe ? columns - c : stripe;
-      mask_sum_tile(dy, y, dz, to == nullptr ? nullptr : to + b * columns, first, last, c, width, columns);
+      mask_tile(dy, y, dz, partial == nullptr ? nullptr : partial + b * columns, first, last, c, width, columns);
     }
   });
-  if (sums == nullptr) return;
+}
+
+template <class T>
+void finish_sums(const acc_t<T>* partial, int64_t blocks, int64_t columns, T* sums) {
   for (int64_t c = 0; c < columns; ++c) {
     double sum = 0;
     for (int64_t b = 0; b < blocks; ++b) sum += partial[b * columns + c];
-    sums[c] = from_acc<T>(static_cast<A>(sum));
+    sums[c] = from_acc<T>(static_cast<acc_t<T>>(sum));
   }
 }
 
@@ -150,15 +192,20 @@ void fill_rows_entry(DType dtype, void* y, const void* bias, int64_t rows, int64
   FASTLLM_SWITCH_DTYPE(dtype, fill_rows(static_cast<T*>(y), static_cast<const T*>(bias), rows, columns))
 }
 
-void mask_sum_entry(DType dtype, const void* dy, const void* y, void* dz, void* sums, int64_t rows, int64_t columns,
-                    void* partial) {
-  FASTLLM_SWITCH_DTYPE(dtype, mask_sum(static_cast<const T*>(dy), static_cast<const T*>(y), static_cast<T*>(dz),
-                                       static_cast<T*>(sums), rows, columns, static_cast<acc_t<T>*>(partial)))
+void mask_entry(DType dtype, const void* dy, const void* y, void* dz, int64_t rows, int64_t columns, void* partial) {
+  FASTLLM_SWITCH_DTYPE(dtype, mask(static_cast<const T*>(dy), static_cast<const T*>(y), static_cast<T*>(dz), rows,
+                                   columns, static_cast<acc_t<T>*>(partial)))
+}
+
+void finish_sums_entry(DType dtype, const void* partial, int64_t blocks, int64_t columns, void* sums) {
+  FASTLLM_SWITCH_DTYPE(dtype,
+                       finish_sums(static_cast<const acc_t<T>*>(partial), blocks, columns, static_cast<T*>(sums)))
 }
 
 }  // namespace
 
 extern const LinearReluKernels linear_relu_kernels;
-const LinearReluKernels linear_relu_kernels = {small_product_entry, bias_relu_entry, fill_rows_entry, mask_sum_entry};
+const LinearReluKernels linear_relu_kernels = {small_product_entry, bias_relu_entry, fill_rows_entry, mask_entry,
+                                               finish_sums_entry};
 
 }  // namespace fastllm::cpu::FASTLLM_ISA

@@ -31,28 +31,6 @@ void check_linear(const char* op, const char* input_name, const Tensor& input, c
 
 namespace {
 
-// c = relu(a b + bias) by our own kernel; false where the library should do it.
-bool try_small_product(const Tensor& a, const Tensor& b, const Tensor& bias, bool relu, const Tensor& c) {
-  const bool turned = b.stride(1) != 1 && b.size(1) > 1;
-  if (!cpu::is_small_product(a.size(0), a.size(1), b.size(1), turned)) return false;
-  cpu::SmallProduct s{};
-  s.dtype = dtype_tag(a);
-  s.a = data(a);
-  s.a_row = a.stride(0);
-  s.a_inner = a.stride(1);
-  s.b = data(b);
-  s.b_inner = b.stride(0);
-  s.b_column = turned ? b.stride(1) : 1;
-  s.bias = bias.defined() ? data(bias) : nullptr;
-  s.relu = relu;
-  s.c = c.mutable_data_ptr();
-  s.rows = a.size(0);
-  s.inner = a.size(1);
-  s.columns = b.size(1);
-  cpu::linear_relu().small_product(s);
-  return true;
-}
-
 // oneDNN applies bias and ReLU to the float32 sums of a bfloat16 product, before the only rounding.
 OptionalTensor try_fused_bf16(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
   static const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
@@ -65,15 +43,35 @@ OptionalTensor try_fused_bf16(const Tensor& input, const Tensor& weight, const O
 
 }  // namespace
 
+bool try_small_product(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& bias, bool relu) {
+  if (!cpu::is_small_product(a.size(0), a.size(1), b.size(1))) return false;
+  cpu::SmallProduct s{};
+  s.dtype = dtype_tag(a);
+  s.a = data(a);
+  s.a_row = a.stride(0);
+  s.a_inner = a.stride(1);
+  s.b = data(b);
+  s.b_inner = b.stride(0);
+  s.b_column = b.size(1) > 1 ? b.stride(1) : 1;
+  s.bias = bias.defined() ? data(bias) : nullptr;
+  s.relu = relu;
+  s.c = c.mutable_data_ptr();
+  s.rows = a.size(0);
+  s.inner = a.size(1);
+  s.columns = b.size(1);
+  if (s.inner == 0) return false;
+  cpu::linear_relu().small_product(s);
+  return true;
+}
+
 Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
   const int64_t rows = input.size(0), columns = weight.size(0);
   const Tensor b = defined(bias) ? bias->contiguous() : Tensor();
   const Tensor turned = weight.t();
-  const bool small = cpu::is_small_product(rows, input.size(1), columns, true);
-  if (!small)
+  if (!cpu::is_small_product(rows, input.size(1), columns))
     if (const OptionalTensor fused = try_fused_bf16(input, weight, bias, relu)) return *fused;
   const Tensor y = pool::empty({rows, columns}, input.scalar_type());
-  if (y.numel() == 0 || try_small_product(input, turned, b, relu, y)) return y;
+  if (y.numel() == 0 || try_small_product(y, input, turned, b, relu)) return y;
   const DType dtype = dtype_tag(input);
   const auto& kernels = cpu::linear_relu();
   // float32 and float64 add the bias in the pass that takes the ReLU. bfloat16 and float16 would round before it: there
@@ -93,22 +91,24 @@ MaskedGradient mask_gradient(const Tensor& dy, const OptionalTensor& y, bool nee
   MaskedGradient result;
   result.dz = !masked || in_place ? from : pool::empty(from.sizes(), from.scalar_type());
   if (!masked && !need_bias) return result;
+  const int64_t blocks = cpu::column_blocks(rows);
+  const DType dtype = dtype_tag(from);
   Tensor partial;
+  if (need_bias) partial = at::empty({blocks, columns}, from.options().dtype(acc_dtype(from.scalar_type())));
+  const Tensor output = masked ? y->contiguous() : Tensor();
+  cpu::linear_relu().mask(dtype, data(from), masked ? data(output) : nullptr,
+                          masked ? result.dz.mutable_data_ptr() : nullptr, rows, columns,
+                          need_bias ? partial.mutable_data_ptr() : nullptr);
   if (need_bias) {
     result.bias = at::empty({columns}, from.options());
-    partial = at::empty({cpu::column_blocks(rows), columns}, from.options().dtype(acc_dtype(from.scalar_type())));
+    cpu::linear_relu().finish_sums(dtype, data(partial), blocks, columns, result.bias.mutable_data_ptr());
   }
-  const Tensor output = masked ? y->contiguous() : Tensor();
-  cpu::linear_relu().mask_sum(dtype_tag(from), data(from), masked ? data(output) : nullptr,
-                              masked ? result.dz.mutable_data_ptr() : nullptr,
-                              need_bias ? result.bias.mutable_data_ptr() : nullptr, rows, columns,
-                              need_bias ? partial.mutable_data_ptr() : nullptr);
   return result;
 }
 
 Tensor product(const Tensor& a, const Tensor& b) {
   const Tensor out = pool::empty({a.size(0), b.size(1)}, a.scalar_type());
-  if (out.numel() == 0 || try_small_product(a, b, Tensor(), false, out)) return out;
+  if (out.numel() == 0 || try_small_product(out, a, b, Tensor(), false)) return out;
   gemm_out(out, a, b);
   return out;
 }

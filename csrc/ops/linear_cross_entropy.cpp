@@ -79,28 +79,36 @@ class Walk {
     const auto dtype = input_.scalar_type();
     const int64_t item = static_cast<int64_t>(input_.element_size());
     const int64_t chunk = n == 0 ? 0 : chunk_rows(n, classes, features, item, needs_.weight);
+    const bool whole = chunk == n;
+    const auto part = [&](const Tensor& t, int64_t first) {
+      return whole || !t.defined() ? t : t.narrow(0, first, std::min(chunk, n - first));
+    };
     Gradients g;
     if (needs_.input) g.input = pool::empty(input_.sizes(), dtype);
     const Tensor logits = pool::empty({chunk, classes}, dtype);
     const Tensor lse = at::empty({n}, loss.options());
+    if (needs_.bias) bias_sums_ = pool::empty({n / cpu::kColumnBlock + n / (chunk + 1) + 2, classes}, acc_dtype(dtype));
     for (int64_t first = 0; first < n; first += chunk) {
-      const int64_t count = std::min(chunk, n - first);
-      const Tensor x = input_.narrow(0, first, count), z = logits.narrow(0, 0, count);
+      const Tensor x = part(input_, first), z = whole ? logits : logits.narrow(0, 0, x.size(0));
       compute_logits(x, z);
-      rows_.forward(z, first, loss.narrow(0, first, count), lse.narrow(0, first, count), needs_.any() ? z : Tensor(),
-                    scale, row_scale.defined() ? row_scale.narrow(0, first, count) : Tensor());
-      if (needs_.input) gemm_out(g.input.narrow(0, first, count), z, weight_);
-      if (needs_.weight) add_weight_gradient(z, x, first == 0, chunk < n);
-      if (needs_.bias) add_bias_gradient(z, first == 0);
+      rows_.forward(z, first, part(loss, first), part(lse, first), needs_.any() ? z : Tensor(), scale,
+                    part(row_scale, first));
+      if (needs_.input) multiply(part(g.input, first), z, weight_);
+      if (needs_.weight) add_weight_gradient(z, x, first == 0, !whole);
+      if (needs_.bias) add_bias_gradient(z);
     }
     if (needs_.weight) g.weight = n == 0 ? at::zeros_like(weight_) : finished_weight(dtype);
-    if (needs_.bias) g.bias = n == 0 ? at::zeros({classes}, input_.options()) : bias_sum_.to(dtype);
+    if (needs_.bias) g.bias = finished_bias();
     return g;
   }
 
  private:
+  static void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+    if (out.numel() > 0 && !try_small_product(out, a, b, Tensor(), false)) gemm_out(out, a, b);
+  }
+
   void compute_logits(const Tensor& x, const Tensor& z) const {
-    if (z.numel() == 0) return;
+    if (z.numel() == 0 || try_small_product(z, x, weight_.t(), bias_, false)) return;
     if (bias_.defined())
       cpu::linear_relu().fill_rows(dtype_tag(z), z.mutable_data_ptr(), data(bias_), z.size(0), z.size(1));
     gemm_out(z, x, weight_.t(), bias_.defined() ? 1 : 0);
@@ -109,15 +117,18 @@ class Walk {
   // One chunk alone goes straight to its dtype: the library rounds its float32 sums once. Several in bfloat16 or
   // float16 are added in float32.
   void add_weight_gradient(const Tensor& dz, const Tensor& x, bool is_first, bool is_one_of_several) {
-    const bool low = dz.element_size() == 2;
-    if (!low || !is_one_of_several) {
-      if (is_first) weight_sum_ = pool::empty(weight_.sizes(), weight_.scalar_type());
-      gemm_out(weight_sum_, dz.t(), x, is_first ? 0 : 1);
+    if (!is_one_of_several) {
+      weight_sum_ = product(dz.t(), x);
       return;
     }
+    const bool low = dz.element_size() == 2;
     if (is_first) {
-      part_ = pool::empty(weight_.sizes(), weight_.scalar_type());
-      weight_sum_ = pool::empty(weight_.sizes(), at::kFloat);
+      weight_sum_ = pool::empty(weight_.sizes(), low ? at::kFloat : weight_.scalar_type());
+      if (low) part_ = pool::empty(weight_.sizes(), weight_.scalar_type());
+    }
+    if (!low) {
+      gemm_out(weight_sum_, dz.t(), x, is_first ? 0 : 1);
+      return;
     }
     gemm_out(part_, dz.t(), x, 0);
     if (is_first)
@@ -131,18 +142,24 @@ class Walk {
     return part_.copy_(weight_sum_);
   }
 
-  void add_bias_gradient(const Tensor& dz, bool is_first) {
-    const Tensor sum = at::sum(dz, {0}, false, acc_dtype(dz.scalar_type()));
-    if (is_first)
-      bias_sum_ = sum;
-    else
-      bias_sum_.add_(sum);
+  void add_bias_gradient(const Tensor& dz) {
+    char* to = static_cast<char*>(bias_sums_.mutable_data_ptr()) +
+               bias_blocks_ * dz.size(1) * static_cast<int64_t>(bias_sums_.element_size());
+    cpu::linear_relu().mask(dtype_tag(dz), data(dz), nullptr, nullptr, dz.size(0), dz.size(1), to);
+    bias_blocks_ += cpu::column_blocks(dz.size(0));
+  }
+
+  Tensor finished_bias() const {
+    const Tensor sum = at::empty({weight_.size(0)}, input_.options());
+    cpu::linear_relu().finish_sums(dtype_tag(sum), data(bias_sums_), bias_blocks_, sum.size(0), sum.mutable_data_ptr());
+    return sum;
   }
 
   Tensor input_, weight_, bias_;
   RowLoss rows_;
   Needs needs_;
-  Tensor weight_sum_, part_, bias_sum_;
+  Tensor weight_sum_, part_, bias_sums_;
+  int64_t bias_blocks_ = 0;
 };
 
 // --- plain operations: input (N, D), linear_weight (V, D), target (N) or (N, V) ----------------------------------
