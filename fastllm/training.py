@@ -23,7 +23,7 @@ from fastllm.tokenizer import Tokenizer
 class TrainingOptions:
     """What a run is made of; kept in its checkpoints."""
 
-    steps: int = 3000
+    steps: int = 1500
     batch_size: int = 16
     sequence_length: int = 64
     learning_rate: float = 2e-3
@@ -49,6 +49,10 @@ class ProgressBar:
         self.start = time.monotonic()
         self.shown = 0.0
         self.tenth = -1
+
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.start
 
     def update(self, done: int, text: str) -> None:
         last = done >= self.total
@@ -93,10 +97,17 @@ class Trainer:
         Saved beside it.
     train_ids : Tensor
         ``(n,)`` ids to draw batches from.
+    test_ids : Tensor
+        ``(m,)`` ids held out for the perplexity.
     """
 
     def __init__(
-        self, model: MLPLanguageModel, tokenizer: Tokenizer, train_ids: Tensor, options: TrainingOptions
+        self,
+        model: MLPLanguageModel,
+        tokenizer: Tokenizer,
+        train_ids: Tensor,
+        options: TrainingOptions,
+        test_ids: Tensor,
     ) -> None:
         if len(train_ids) <= options.sequence_length + 1:
             raise ValueError(
@@ -105,6 +116,7 @@ class Trainer:
         self.model = model
         self.tokenizer = tokenizer
         self.train_ids = train_ids
+        self.test_ids = test_ids
         self.options = options
         self.step = 0
         self.optimizer = torch.optim.AdamW(
@@ -149,6 +161,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "train_ids": self.train_ids,
+            "test_ids": self.test_ids,
             "generator": self.generator.get_state(),
             "torch_generator": torch.get_rng_state(),
         }
@@ -160,9 +173,12 @@ class Trainer:
     def load(cls, path: str | Path) -> Trainer:
         """A run as :meth:`save` left it: it goes on bit for bit as it would have."""
         state = load_state(path)
-        tokenizer = Tokenizer(state["merges"].tolist())
         trainer = cls(
-            MLPLanguageModel(**state["config"]), tokenizer, state["train_ids"], TrainingOptions(**state["options"])
+            MLPLanguageModel(**state["config"]),
+            Tokenizer(state["merges"].tolist()),
+            state["train_ids"],
+            TrainingOptions(**state["options"]),
+            state["test_ids"],
         )
         trainer.model.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
