@@ -1,4 +1,6 @@
 // cross_entropy: checks, autograd node, fake kernels. Kernels: csrc/cpu/cross_entropy.cpp.
+#include <ATen/autocast_mode.h>
+
 #include "cross_entropy_common.h"
 
 namespace fastllm {
@@ -220,6 +222,18 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
   return output.reshape_symint(shape);
 }
 
+// As PyTorch's cross_entropy under autocast: in float32.
+template <c10::DeviceType device>
+Tensor cross_entropy_autocast(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                              FASTLLM_CE_OPTIONS, bool inplace_backward) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(at::kFloat, t, device); };
+  static const auto op = plain_op<decltype(cross_entropy)>("fastllm::cross_entropy");
+  return op.call(cast(input), cast(target), cast(weight), reduction, ignore_index, label_smoothing, lse_square_scale,
+                 softcap, inplace_backward);
+}
+
 TORCH_LIBRARY_FRAGMENT(fastllm, m) {
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, float "
@@ -242,6 +256,8 @@ TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
   m.impl("cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy_backward_", torch::autograd::autogradNotImplementedFallback());
 }
+TORCH_LIBRARY_IMPL(fastllm, AutocastCPU, m) { m.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CPU>); }
+TORCH_LIBRARY_IMPL(fastllm, AutocastCUDA, m) { m.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CUDA>); }
 TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("cross_entropy_forward", forward_cpu);
   m.impl("cross_entropy_backward", backward_cpu);

@@ -91,8 +91,15 @@ class Node : public torch::autograd::Function<Node> {
     const bool by_frequency = options[1] != 0, sparse = options[2] != 0;
     variable_list grads(5);
     if (at::GradMode::is_enabled() || sparse) {
-      // Differentiable again, or sparse: PyTorch's own gradient.
-      grads[1] = at::embedding_backward_symint(grad_outputs[0], ids, rows, padding_idx, by_frequency, sparse);
+      // Differentiable again, or sparse: PyTorch's own gradient. Its second derivative forgets the division by
+      // frequency, which is therefore made before.
+      Tensor g = grad_outputs[0];
+      if (by_frequency) {
+        const Tensor flat = ids.reshape({-1});
+        const Tensor counts = at::bincount(flat).index_select(0, flat).to(g.scalar_type());
+        g = g / counts.reshape_symint(ids.sym_sizes()).unsqueeze(-1);
+      }
+      grads[1] = at::embedding_backward_symint(g, ids, rows, padding_idx, false, sparse);
       return grads;
     }
     static const auto op = c10::Dispatcher::singleton()

@@ -1,6 +1,8 @@
 // mse_loss: checks, autograd node, fake kernels. Kernels: csrc/cpu/mse_loss.cpp.
 #include "../cpu/mse_loss.h"
 
+#include <ATen/autocast_mode.h>
+
 #include "common.h"
 
 FASTLLM_DEFINE_DISPATCH(MseLossKernels, mse_loss)
@@ -145,6 +147,17 @@ Tensor mse_loss(const Tensor& input, const Tensor& target, const OptionalTensor&
   return std::get<0>(call_forward(x, t, w, reduction, false));
 }
 
+// As PyTorch's mse_loss under autocast: in float32.
+template <c10::DeviceType device>
+Tensor mse_loss_autocast(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(at::kFloat, t, device); };
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastllm::mse_loss", "").typed<decltype(mse_loss)>();
+  return op.call(cast(input), cast(target), cast(weight), reduction);
+}
+
 TORCH_LIBRARY_FRAGMENT(fastllm, m) {
   m.def("mse_loss(Tensor input, Tensor target, Tensor? weight, int reduction) -> Tensor");
   m.def(
@@ -158,6 +171,8 @@ TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
   m.impl("mse_loss_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("mse_loss_backward", torch::autograd::autogradNotImplementedFallback());
 }
+TORCH_LIBRARY_IMPL(fastllm, AutocastCPU, m) { m.impl("mse_loss", mse_loss_autocast<c10::DeviceType::CPU>); }
+TORCH_LIBRARY_IMPL(fastllm, AutocastCUDA, m) { m.impl("mse_loss", mse_loss_autocast<c10::DeviceType::CUDA>); }
 TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("mse_loss_forward", forward_cpu);
   m.impl("mse_loss_backward", backward_cpu);

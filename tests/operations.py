@@ -1,0 +1,297 @@
+"""Every operation once: ours, PyTorch's definition, and inputs that between them use every option."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+
+import fastllm.functional as F
+
+
+@dataclass
+class Case:
+    """``ours(*inputs)`` and ``reference(*inputs)``; inputs that require a gradient are differentiated."""
+
+    op: str
+    name: str
+    ours: Callable
+    reference: Callable
+    inputs: list[Tensor | None]
+
+    def __repr__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def normal(*shape: int, dtype=torch.float32, scale: float = 1.0, grad: bool = True) -> Tensor:
+    return (torch.randn(shape) * scale).to(dtype).requires_grad_(grad)
+
+
+def like(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """A constant of the case (weights, probabilities) in the dtype that x has in this run."""
+    return None if t is None else t.to(x.dtype) if t.is_floating_point() else t
+
+
+def capped(z: Tensor, cap: float | None) -> Tensor:
+    return z if cap is None else cap * torch.tanh(z / cap)
+
+
+def z_loss(
+    logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, s: float
+) -> Tensor:
+    """The z-loss by its formula: s logsumexp^2 of each counted row, reduced with the divisor of the mean."""
+    squares = s * torch.logsumexp(logits, 1) ** 2
+    if target.is_floating_point():
+        counted, divisor = torch.ones_like(squares), squares.numel()
+    else:
+        counted = (target != ignore_index).to(squares.dtype)
+        share = counted if weight is None else counted * weight[target.clamp(min=0)]
+        divisor = share.sum()
+    squares = squares * counted
+    if reduction == "none":
+        return squares
+    return squares.sum() if reduction == "sum" else squares.sum() / divisor
+
+
+def reference_cross_entropy(x, t, w=None, reduction="mean", ignore_index=-100, smoothing=0.0, s=0.0, cap=None):
+    z = capped(x, cap)
+    y = t if t.is_floating_point() else t.long()
+    loss = TF.cross_entropy(z, y, w, reduction=reduction, ignore_index=ignore_index, label_smoothing=smoothing)
+    return loss + z_loss(z, y, w, reduction, ignore_index, s) if s else loss
+
+
+def mse_cases(dtype: torch.dtype) -> list[Case]:
+    cases = []
+    for shape, reduction, weighted in itertools.product(
+        [(5,), (), (0,), (3, 17, 2), (129, 130)], ["none", "mean", "sum"], [False, True]
+    ):
+        w = torch.rand(shape) + 0.1 if weighted else None
+        cases.append(
+            Case(
+                "mse_loss",
+                f"{shape}-{reduction}-{weighted}",
+                lambda x, t, r=reduction, w=w: F.mse_loss(x, t, reduction=r, weight=like(w, x)),
+                lambda x, t, r=reduction, w=w: (
+                    TF.mse_loss(x, t, reduction=r) if w is None else _weighted_mse(x, t, like(w, x), r)
+                ),
+                [normal(*shape, dtype=dtype), normal(*shape, dtype=dtype)],
+            )
+        )
+    return cases
+
+
+def _weighted_mse(x: Tensor, t: Tensor, w: Tensor, reduction: str) -> Tensor:
+    squares = (x - t) ** 2 * w
+    if reduction == "none":
+        return squares
+    return squares.sum() if reduction == "sum" else squares.sum() / w.sum()
+
+
+def embedding_cases(dtype: torch.dtype) -> list[Case]:
+    cases = []
+    shapes = [((7,), 10, 3), ((4, 3), 5, 33), ((), 4, 8), ((0,), 3, 2), ((5000,), 40, 10), ((2, 900), 3, 130)]
+    options = [(None, False), (2, False), (-1, True)]
+    for (ids_shape, rows, features), (pad, freq), ids_dtype in itertools.product(
+        shapes, options, [torch.int64, torch.int32]
+    ):
+        ids = torch.randint(0, rows, ids_shape).to(ids_dtype)
+        cases.append(
+            Case(
+                "embedding",
+                f"{ids_shape}-{rows}x{features}-{pad}-{freq}-{ids_dtype}",
+                lambda w, ids=ids, p=pad, f=freq: F.embedding(ids, w, p, scale_grad_by_freq=f),
+                lambda w, ids=ids, p=pad, f=freq: TF.embedding(ids, w, p, scale_grad_by_freq=f),
+                [normal(rows, features, dtype=dtype)],
+            )
+        )
+    return cases
+
+
+def linear_cases(dtype: torch.dtype) -> list[Case]:
+    cases = []
+    for shape, n, bias in itertools.product(
+        [(5,), (7, 10), (0, 4), (2, 3, 33), (300, 64), (64, 10), (600, 20)], [1, 20, 130], [True, False]
+    ):
+        k = shape[-1]
+        x, w = normal(*shape, dtype=dtype), normal(n, k, dtype=dtype, scale=k**-0.5)
+        b = normal(n, dtype=dtype) if bias else None
+        w2, b2 = normal(9, n, dtype=dtype, scale=n**-0.5), normal(9, dtype=dtype) if bias else None
+        name = f"{shape}-{n}-{bias}"
+        cases.append(
+            Case("linear_relu", name, F.linear_relu, lambda x, w, b: torch.relu(TF.linear(x, w, b)), [x, w, b])
+        )
+        cases.append(
+            Case(
+                "relu_mlp",
+                name,
+                F.relu_mlp,
+                lambda x, w, b, w2, b2: TF.linear(torch.relu(TF.linear(x, w, b)), w2, b2),
+                [x, w, b, w2, b2],
+            )
+        )
+    return cases
+
+
+def _targets(kind: str, n: int, classes: int) -> Tensor:
+    if kind == "probabilities":
+        return torch.softmax(torch.randn(n, classes), 1)
+    t = torch.randint(0, classes, (n,))
+    if kind == "ignored" and n > 1:
+        t[n // 2] = -100
+    return t.int() if kind == "int32" else t
+
+
+_LOSS_OPTIONS = [
+    # smoothing, z-loss, softcap, weighted
+    (0.0, 0.0, None, False),
+    (0.1, 0.0, None, True),
+    (0.0, 1e-2, None, True),
+    (0.3, 1e-2, 5.0, False),
+    (1.0, 0.0, 2.0, True),
+]
+
+
+def cross_entropy_cases(dtype: torch.dtype) -> list[Case]:
+    cases = []
+    kinds = ["indices", "ignored", "int32", "probabilities"]
+    for classes, reduction, (e, s, cap, weighted), kind in itertools.product(
+        [2, 16, 33, 1025], ["none", "mean", "sum"], _LOSS_OPTIONS, kinds
+    ):
+        t = _targets(kind, 7, classes)
+        w = torch.rand(classes) + 0.5 if weighted else None
+        cases.append(
+            Case(
+                "cross_entropy",
+                f"{classes}-{reduction}-{e}-{s}-{cap}-{weighted}-{kind}",
+                lambda x, t=t, w=w, r=reduction, e=e, s=s, c=cap: F.cross_entropy(
+                    x, like(t, x), like(w, x), reduction=r, label_smoothing=e, lse_square_scale=s, softcap=c
+                ),
+                lambda x, t=t, w=w, r=reduction, e=e, s=s, c=cap: reference_cross_entropy(
+                    x, like(t, x), like(w, x), r, -100, e, s, c
+                ),
+                [normal(7, classes, dtype=dtype, scale=3)],
+            )
+        )
+    return cases
+
+
+def linear_cross_entropy_cases(dtype: torch.dtype) -> list[Case]:
+    cases = []
+    for (n, d, v), reduction, (e, s, cap, weighted), kind, bias in itertools.product(
+        [(7, 5, 11), (70, 40, 300)],
+        ["none", "mean", "sum"],
+        _LOSS_OPTIONS,
+        ["ignored", "probabilities"],
+        [True, False],
+    ):
+        t = _targets(kind, n, v)
+        cw = torch.rand(v) + 0.5 if weighted else None
+        cases.append(
+            Case(
+                "linear_cross_entropy",
+                f"{n}x{d}x{v}-{reduction}-{e}-{s}-{cap}-{weighted}-{kind}-{bias}",
+                lambda x, w, b, t=t, cw=cw, r=reduction, e=e, s=s, c=cap: F.linear_cross_entropy(
+                    x,
+                    w,
+                    like(t, x),
+                    linear_bias=b,
+                    weight=like(cw, x),
+                    reduction=r,
+                    label_smoothing=e,
+                    lse_square_scale=s,
+                    softcap=c,
+                ),
+                lambda x, w, b, t=t, cw=cw, r=reduction, e=e, s=s, c=cap: reference_cross_entropy(
+                    TF.linear(x, w, b), like(t, x), like(cw, x), r, -100, e, s, c
+                ),
+                [
+                    normal(n, d, dtype=dtype),
+                    normal(v, d, dtype=dtype, scale=2 * d**-0.5),
+                    normal(v, dtype=dtype) if bias else None,
+                ],
+            )
+        )
+    return cases
+
+
+ALL = {
+    "mse_loss": mse_cases,
+    "embedding": embedding_cases,
+    "linear": linear_cases,
+    "cross_entropy": cross_entropy_cases,
+    "linear_cross_entropy": linear_cross_entropy_cases,
+}
+
+
+def cases_of(op: str, dtype: torch.dtype) -> list[Case]:
+    torch.manual_seed(0)
+    family = "linear" if op in ("linear_relu", "relu_mlp") else op
+    return [case for case in ALL[family](dtype) if case.op == op]
+
+
+def small_cases(dtype: torch.dtype = torch.float64) -> list[Case]:
+    """A few cases of every operation, for checks that are slow."""
+    torch.manual_seed(0)
+    x, t = normal(3, 4, dtype=dtype), normal(3, 4, dtype=dtype)
+    ids = torch.tensor([[1, 4, 1], [0, 2, 4]])
+    y = torch.tensor([1, -100, 4])
+    q = torch.softmax(torch.randn(3, 5), 1)
+    cw = torch.rand(5) + 0.5
+    logits = normal(3, 5, dtype=dtype)
+    image, labels = normal(2, 5, 3, dtype=dtype), torch.tensor([[0, 1, -100], [4, 3, 2]])
+    w1, b1, w2, b2 = (normal(*s, dtype=dtype) for s in [(6, 4), (6,), (2, 6), (2,)])
+    lw, lb = normal(5, 4, dtype=dtype), normal(5, dtype=dtype)
+    cases = []
+    for r in ("none", "mean", "sum"):
+        cases += [
+            Case("mse_loss", r, lambda a, b, r=r: F.mse_loss(a, b, reduction=r), None, [x, t]),
+            Case(
+                "cross_entropy",
+                f"indices-{r}",
+                lambda a, r=r: F.cross_entropy(
+                    a, y, like(cw, a), reduction=r, label_smoothing=0.1, lse_square_scale=0.1, softcap=3.0
+                ),
+                None,
+                [logits],
+            ),
+            Case(
+                "cross_entropy",
+                f"probabilities-{r}",
+                lambda a, r=r: F.cross_entropy(a, like(q, a), like(cw, a), reduction=r, lse_square_scale=0.1),
+                None,
+                [logits],
+            ),
+            Case(
+                "cross_entropy",
+                f"spatial-{r}",
+                lambda a, r=r: F.cross_entropy(a, labels, reduction=r),
+                None,
+                [image],
+            ),
+            Case(
+                "linear_cross_entropy",
+                r,
+                lambda a, w, b, r=r: F.linear_cross_entropy(a, w, y, linear_bias=b, reduction=r, label_smoothing=0.1),
+                None,
+                [x, lw, lb],
+            ),
+        ]
+    cases += [
+        Case(
+            "mse_loss",
+            "weight",
+            lambda a, b: F.mse_loss(a, b, weight=torch.ones_like(a).detach() * 0.3),
+            None,
+            [x, t],
+        ),
+        Case("embedding", "plain", lambda w: F.embedding(ids, w), None, [lw]),
+        Case("linear_relu", "bias", F.linear_relu, None, [x, w1, b1]),
+        Case("linear_relu", "no bias", lambda a, w: F.linear_relu(a, w), None, [x, w1]),
+        Case("relu_mlp", "bias", F.relu_mlp, None, [x, w1, b1, w2, b2]),
+        Case("relu_mlp", "no bias", lambda a, w, v: F.relu_mlp(a, w, None, v, None), None, [x, w1, w2]),
+    ]
+    return cases

@@ -1,0 +1,381 @@
+"""What every operation promises, whatever it computes: derivatives, tracing, determinism, no side effects."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from helpers import check_against_float64
+from operations import ALL, cases_of, small_cases
+from torch.utils.checkpoint import checkpoint
+
+import fastllm
+import fastllm.functional as F
+
+OPERATIONS = ("embedding", "linear_relu", "relu_mlp", "mse_loss", "cross_entropy", "linear_cross_entropy")
+SMALL = small_cases()
+native = pytest.mark.skipif(fastllm.backends.TABLE["cpu"].missing is not None, reason="compiled operations not built")
+
+
+def differentiable(case):
+    return [a for a in case.inputs if a is not None and a.requires_grad]
+
+
+def gradients(case, seed=0, **kwargs):
+    output = case.ours(*case.inputs)
+    incoming = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=output.dtype)
+    return output, torch.autograd.grad(output, differentiable(case), incoming, **kwargs)
+
+
+def test_every_operation_has_cases():
+    assert {case.op for case in SMALL} == set(OPERATIONS)
+    assert {case.op for f in ALL.values() for case in f(torch.float32)} == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=repr)
+def test_gradcheck(case):
+    assert torch.autograd.gradcheck(case.ours, case.inputs)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=repr)
+def test_gradgradcheck(case):
+    assert torch.autograd.gradgradcheck(case.ours, case.inputs)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=repr)
+def test_two_backwards_agree(case):
+    output = case.ours(*case.inputs)
+    incoming = torch.randn_like(output)
+    wanted = differentiable(case)
+    first = torch.autograd.grad(output, wanted, incoming, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.fill_(7.0)  # what the caller does to a gradient must not reach the next
+    second = torch.autograd.grad(output, wanted, incoming, retain_graph=True)
+    third = torch.autograd.grad(output, wanted, incoming)
+    for a, b, c in zip(kept, second, third, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(output, wanted, incoming)
+
+
+@pytest.mark.parametrize("case", [c for c in SMALL if c.name.split("-")[-1] in ("mean", "sum")], ids=repr)
+def test_two_backwards_agree_for_an_incoming_gradient_of_one(case):
+    output = case.ours(*case.inputs)
+    wanted = differentiable(case)
+    first = [g.clone() for g in torch.autograd.grad(output, wanted, retain_graph=True)]
+    threefold = torch.autograd.grad(output, wanted, torch.full_like(output, 3.0), retain_graph=True)
+    last = torch.autograd.grad(output, wanted)
+    for a, b, c in zip(first, threefold, last, strict=True):
+        assert torch.equal(a, c)
+        torch.testing.assert_close(3 * a, b)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(output, wanted)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=repr)
+def test_inputs_unchanged(case):
+    before = [None if a is None else a.detach().clone() for a in case.inputs]
+    versions = [None if a is None else a._version for a in case.inputs]
+    gradients(case)
+    for a, b, v in zip(case.inputs, before, versions, strict=True):
+        assert a is None or (torch.equal(a, b) and a._version == v)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=repr)
+def test_gradients_only_where_asked(case):
+    """Any subset of inputs may be frozen: the others' gradients are the same, and frozen inputs get none."""
+    full = dict(zip([id(a) for a in differentiable(case)], gradients(case)[1], strict=True))
+    index = [i for i, a in enumerate(case.inputs) if a is not None and a.requires_grad]
+    for kept in itertools.chain.from_iterable(itertools.combinations(index, n) for n in range(1, len(index))):
+        frozen = [a if a is None or i in kept else a.detach() for i, a in enumerate(case.inputs)]
+        output = case.ours(*frozen)
+        incoming = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
+        found = torch.autograd.grad(output, [frozen[i] for i in kept], incoming)
+        for i, g in zip(kept, found, strict=True):
+            torch.testing.assert_close(g, full[id(case.inputs[i])], rtol=1e-12, atol=1e-14)
+    assert not case.ours(*[a if a is None else a.detach() for a in case.inputs]).requires_grad
+
+
+@pytest.mark.parametrize("case", SMALL, ids=repr)
+def test_no_grad_and_inference_mode(case):
+    expected = case.ours(*case.inputs).detach()
+    with torch.no_grad():
+        output = case.ours(*case.inputs)
+        assert not output.requires_grad
+        torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-14)
+    with torch.inference_mode():
+        torch.testing.assert_close(case.ours(*case.inputs).clone(), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=repr)
+def test_functional_transforms(case):
+    """torch.func.grad and vmap differentiate the eager definition."""
+    wanted = differentiable(case)
+
+    def scalar(*args):
+        return (case.ours(*args) * 1.5).sum()
+
+    argnums = tuple(range(len(wanted)))
+    if len(wanted) == len(case.inputs):
+        found = torch.func.grad(scalar, argnums=argnums)(*case.inputs)
+        expected = torch.autograd.grad(scalar(*case.inputs), wanted)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    stacked = [torch.stack([a.detach(), 2 * a.detach()]) for a in case.inputs]
+    batched = torch.vmap(case.ours)(*stacked)
+    for i in range(2):
+        torch.testing.assert_close(batched[i], case.ours(*[a[i] for a in stacked]))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=repr)
+def test_forward_mode(case):
+    tangents = [torch.randn_like(a) for a in case.inputs]
+    _, found = torch.func.jvp(case.ours, tuple(case.inputs), tuple(tangents))
+    with fastllm.use_backend("eager"):
+        _, expected = torch.func.jvp(case.ours, tuple(case.inputs), tuple(tangents))
+    torch.testing.assert_close(found, expected)
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(a, t) for a, t in zip(case.inputs, tangents, strict=True)]
+        tangent = torch.autograd.forward_ad.unpack_dual(case.ours(*duals)).tangent
+    torch.testing.assert_close(tangent, expected)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=repr)
+def test_checkpoint(case):
+    output, expected = gradients(case)
+    again = checkpoint(case.ours, *case.inputs, use_reentrant=False)
+    incoming = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
+    for a, b in zip(torch.autograd.grad(again, differentiable(case), incoming), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_compile(op, dynamic):
+    torch._dynamo.reset()
+    for case in small_cases(torch.float32):
+        if case.op != op:
+            continue
+        compiled = torch.compile(case.ours, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        output = compiled(*case.inputs)
+        expected, grads = gradients(case)
+        torch.testing.assert_close(output, expected)
+        incoming = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
+        for a, b in zip(torch.autograd.grad(output, differentiable(case), incoming), grads, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_compile_of_a_transform():
+    x, t = torch.randn(4, 3), torch.randn(4, 3)
+    f = torch.func.grad(lambda x: F.mse_loss(x, t))
+    torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+
+
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    ids, y = torch.randint(0, 50, (12,)), torch.randint(0, 50, (12,))
+    table, w, b = torch.randn(50, 8), torch.randn(16, 8), torch.randn(16)
+    head = torch.randn(50, 16)
+    leaves = [a.requires_grad_() for a in (table, w, b, head)]
+
+    def loss(table, w, b, head):
+        return F.linear_cross_entropy(F.linear_relu(F.embedding(ids, table), w, b), head, y) * 2.0
+
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def _opcheck_arguments():
+    x, t, w = torch.randn(3, 4), torch.randn(3, 4), torch.rand(3, 4)
+    ids, y = torch.tensor([1, 4, 0]), torch.tensor([1, -100, 4])
+    logits, cw = torch.randn(3, 5), torch.rand(5)
+    w1, b1, w2, b2 = torch.randn(6, 4), torch.randn(6), torch.randn(2, 6), torch.randn(2)
+    head, hb = torch.randn(5, 4), torch.randn(5)
+    ops = torch.ops.fastllm
+    grad = lambda t: t.clone().requires_grad_()  # noqa: E731
+    loss = (-100, 0.1, 0.01, 3.0)
+    lse = torch.logsumexp(3 * torch.tanh(logits / 3), 1)
+    for reduction in (0, 1, 2):
+        g = torch.randn(3) if reduction == 0 else torch.tensor(1.5)
+        yield ops.mse_loss, (grad(x), grad(t), None, reduction)
+        yield ops.mse_loss, (grad(x), t.t().contiguous().t(), w, reduction)
+        yield ops.mse_loss_forward, (x, t, w, reduction, True)
+        yield ops.mse_loss_backward, (torch.randn(3, 4) if reduction == 0 else g, x, t, None, reduction)
+        yield ops.cross_entropy, (grad(logits), y, cw, reduction, *loss, False)
+        yield (
+            ops.cross_entropy,
+            (grad(torch.randn(2, 5, 3)), torch.tensor([[1, 2, 0]] * 2), None, reduction, *loss, False),
+        )
+        yield ops.cross_entropy_forward, (logits, y, cw, reduction, *loss, True)
+        yield ops.cross_entropy_backward, (g, logits, y, cw, lse, reduction, *loss)
+        yield ops.cross_entropy_backward_, (g, logits.clone(), y, cw, lse, reduction, *loss)
+        yield ops.linear_cross_entropy, (grad(x), grad(head), y, grad(hb), cw, reduction, *loss)
+        yield ops.linear_cross_entropy_forward, (x, head, y, hb, cw, reduction, *loss, True, True, True)
+        yield ops.linear_cross_entropy_backward, (g, x, head, y, None, None, reduction, *loss, True, False, True)
+    yield ops.embedding, (ids, grad(head), -1, False, False)
+    yield ops.embedding, (ids.view(1, 3), grad(head), 2, True, False)
+    yield ops.embedding_forward, (head, ids)
+    yield ops.embedding_backward, (torch.randn(3, 4), ids, 5, 1, True)
+    yield ops.linear_relu, (grad(x), grad(w1), grad(b1))
+    yield ops.linear_relu, (grad(torch.randn(2, 3, 4)), grad(w1), None)
+    yield ops.linear_relu_forward, (x, w1, b1)
+    yield ops.linear_relu_backward, (torch.randn(3, 6), torch.randn(3, 6), x, w1, True, True, True)
+    yield ops.relu_mlp, (grad(x), grad(w1), grad(b1), grad(w2), grad(b2))
+    yield ops.relu_mlp_forward, (x, w1, None, w2, b2)
+    yield ops.relu_mlp_backward, (torch.randn(3, 2), torch.randn(3, 6), x, w1, w2, True, True, True, True, False)
+
+
+@native
+def test_opcheck():
+    seen = set()
+    for op, arguments in _opcheck_arguments():
+        torch.library.opcheck(op.default, arguments)
+        seen.add(op.default._schema.name)
+    registered = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastllm::")}
+    assert seen == registered, registered ^ seen
+
+
+@native
+def test_plain_operations_refuse_silent_gradients():
+    """A plain forward or backward op has no derivative: differentiating it is an error, not a missing gradient."""
+    x = torch.randn(3, 4, requires_grad=True)
+    output, _ = torch.ops.fastllm.mse_loss_forward(x, torch.randn(3, 4), None, 1, False)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        output.backward()
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_thread_count_does_not_show(op):
+    """Our own kernels: bit for bit. Products by a library differ in the order of their sums."""
+    torch.manual_seed(0)
+    big = {
+        "mse_loss": (F.mse_loss, [torch.randn(300, 401), torch.randn(300, 401)]),
+        "embedding": (lambda w: F.embedding(torch.arange(6000) % 7, w), [torch.randn(900, 33)]),
+        "cross_entropy": (lambda x: F.cross_entropy(x, torch.arange(67)), [torch.randn(67, 3001)]),
+        "linear_relu": (F.linear_relu, [torch.randn(700, 20), torch.randn(90, 20), torch.randn(90)]),
+        "relu_mlp": (
+            F.relu_mlp,
+            [torch.randn(700, 20), torch.randn(30, 20), torch.randn(30), torch.randn(20, 30), torch.randn(20)],
+        ),
+        "linear_cross_entropy": (
+            lambda x, w: F.linear_cross_entropy(x, w, torch.arange(300)),
+            [torch.randn(300, 24), torch.randn(500, 24)],
+        ),
+    }
+    function, inputs = big[op]
+    inputs = [a.requires_grad_() for a in inputs]
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            output = function(*inputs)
+            incoming = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+            results.append([output.detach(), *torch.autograd.grad(output, inputs, incoming)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+AUTOCAST = {
+    "embedding": (lambda f: lambda w: f.embedding(torch.tensor([0, 2]), w), [(5, 4)]),
+    "linear_relu": (
+        lambda f: f.linear_relu if f is F else lambda x, w, b: torch.relu(TF.linear(x, w, b)),
+        [(3, 4), (5, 4), (5,)],
+    ),
+    "relu_mlp": (
+        lambda f: f.relu_mlp if f is F else lambda x, w, b, v, c: TF.linear(torch.relu(TF.linear(x, w, b)), v, c),
+        [(3, 4), (5, 4), (5,), (2, 5), (2,)],
+    ),
+    "mse_loss": (lambda f: lambda x, t: f.mse_loss(x, t), [(3, 4), (3, 4)]),
+    "cross_entropy": (lambda f: lambda x: f.cross_entropy(x, torch.tensor([0, 1, 3])), [(3, 4)]),
+    "linear_cross_entropy": (
+        lambda f: (
+            (lambda x, w: F.linear_cross_entropy(x, w, torch.tensor([0, 1, 3])))
+            if f is F
+            else lambda x, w: TF.cross_entropy(TF.linear(x, w), torch.tensor([0, 1, 3]))
+        ),
+        [(3, 4), (6, 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_autocast(op, dtype, low):
+    make, shapes = AUTOCAST[op]
+    inputs = [torch.randn(s, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+    results = []
+    for functions in (F, TF):
+        with torch.autocast("cpu", dtype=low):
+            output = make(functions)(*inputs)
+        results.append([output, *torch.autograd.grad(output.float().sum(), inputs)])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "strided": lambda t: torch.stack([t, -t], -1)[..., 0],
+    "sliced": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+    "offset": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_any_layout(op, layout):
+    """The same numbers in another layout give the same result and gradients."""
+    for case in small_cases():
+        if case.op != op:
+            continue
+        output, grads = gradients(case)
+        leaves = [a.detach().clone().requires_grad_() for a in case.inputs]
+        moved = [LAYOUTS[layout](a) if a.dim() > 0 else a for a in leaves]
+        again = case.ours(*moved)
+        torch.testing.assert_close(again, output, rtol=1e-12, atol=1e-14)
+        incoming = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=output.dtype)
+        for variant in (incoming, incoming.t().contiguous().t() if incoming.dim() == 2 else incoming):
+            found = torch.autograd.grad(again, leaves, variant, retain_graph=True)
+            for a, b in zip(found, grads, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+        expanded = torch.autograd.grad(again.sum(), leaves)  # an incoming gradient of stride 0
+        for a, b in zip(expanded, torch.autograd.grad(case.ours(*case.inputs).sum(), case.inputs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_channels_last_mse():
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
+    t = torch.randn(2, 3, 4, 5)
+    check_against_float64(F.mse_loss, TF.mse_loss, [x, t])
+    (g,) = torch.autograd.grad(F.mse_loss(x, t), x)
+    assert g.stride() == x.stride()
+
+
+@pytest.mark.parametrize("op", ["mse_loss", "cross_entropy"])
+def test_saved_tensors_are_guarded(op):
+    """A change of an input in place between forward and backward is an error, not a wrong gradient."""
+    x = torch.randn(3, 4, requires_grad=True)
+    z = x * 1.0
+    loss = F.mse_loss(z, torch.zeros(3, 4)) if op == "mse_loss" else F.cross_entropy(z, torch.tensor([0, 1, 2]))
+    with torch.no_grad():
+        z.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_repeats_bit_for_bit(op, dtype):
+    for case in cases_of(op, dtype)[::5]:
+        first, grads = gradients(case)
+        again, more = gradients(case)
+        assert torch.equal(first, again) or first.isnan().any()
+        for a, b in zip(grads, more, strict=True):
+            assert torch.equal(a, b) or a.isnan().any()

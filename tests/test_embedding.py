@@ -1,0 +1,76 @@
+"""embedding against float64, every option and dtype."""
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from helpers import DTYPES, check_against_float64
+from operations import cases_of
+
+import fastllm.functional as F
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_against_float64(dtype):
+    for case in cases_of("embedding", dtype):
+        try:
+            check_against_float64(case.ours, case.reference, case.inputs)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from error
+
+
+@pytest.mark.parametrize("options", [{"padding_idx": 1}, {"scale_grad_by_freq": True}], ids=str)
+def test_second_derivative_of_scaled_gradients(options):
+    """Where the gradient is not the derivative, by choice, its own derivative still is: it is linear in grad_output."""
+    ids = torch.tensor([[1, 4, 1], [0, 2, 4]])
+    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    incoming = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def gradient(g):
+        return torch.autograd.grad(F.embedding(ids, weight, **options), weight, g, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(gradient, [incoming])
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_sparse_gradient(padding_idx):
+    ids = torch.tensor([[1, 4, 1], [0, 2, 4]])
+    weight = torch.randn(5, 4, requires_grad=True)
+    incoming = torch.randn(2, 3, 4)
+    found, expected = (
+        torch.autograd.grad(f(ids, weight, padding_idx, sparse=True), weight, incoming)[0]
+        for f in (F.embedding, TF.embedding)
+    )
+    assert found.is_sparse and torch.equal(found.to_dense(), expected.to_dense())
+    assert torch.equal(found._indices(), expected._indices())
+
+
+def test_max_norm_renormalises_the_rows_looked_up():
+    ids = torch.tensor([1, 3, 1])
+    ours, theirs = torch.randn(5, 4).mul_(3).repeat(2, 1, 1).unbind()
+    assert torch.equal(F.embedding(ids, ours, max_norm=1.5, norm_type=1.0), TF.embedding(ids, theirs, None, 1.5, 1.0))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_of_low_precision_gradients(dtype):
+    """2000 gradients of one row: a sum kept in bfloat16 stops at 256, in float16 at 2048."""
+    weight = torch.zeros(3, 5, dtype=dtype, requires_grad=True)
+    F.embedding(torch.ones(2500, dtype=torch.int64), weight).backward(torch.ones(2500, 5, dtype=dtype))
+    expected = torch.zeros(3, 5)
+    expected[1] = 2500
+    assert torch.equal(weight.grad, expected.to(dtype))
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1])
+def test_id_out_of_range(bad, ids_dtype):
+    ids = torch.tensor([[0, 1], [bad, 2]], dtype=ids_dtype)
+    with pytest.raises(IndexError, match=rf"embedding: input .*\[0, 5\).* got {bad} at position 2"):
+        F.embedding(ids, torch.randn(5, 3))
+
+
+def test_large_table_few_ids():
+    weight = torch.randn(200_000, 16, requires_grad=True)
+    ids = torch.tensor([199_999, 0, 199_999])
+    F.embedding(ids, weight).backward(torch.ones(3, 16))
+    assert weight.grad.count_nonzero() == 32 and weight.grad[199_999].eq(2).all() and weight.grad[0].eq(1).all()
