@@ -131,14 +131,15 @@ def _under_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def native(op: str, tensor: torch.Tensor) -> bool:
-    """Whether the compiled operation ``op`` serves a call whose first tensor is ``tensor``; else the eager definition
-    does.
+def native(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the compiled operation ``op`` serves a call on ``tensor``; else the eager definition does.
 
     Raises
     ------
     RuntimeError
         A backend was asked for by name and cannot serve the call.
+    TypeError
+        One of the ``others`` is neither a tensor nor None.
     """
     name = _chosen.name or _default
     if name == "eager":
@@ -147,6 +148,9 @@ def native(op: str, tensor: torch.Tensor) -> bool:
         return False
     if _under_transform():
         return False
+    for other in others:
+        if other is not None and not isinstance(other, torch.Tensor):
+            raise TypeError(f"{op}: arguments must be tensors, got one of type {type(other).__name__}")
     if name == "auto":
         return _CPU_READY and tensor.is_cpu and tensor.dtype in DTYPES
     reason = TABLE[name].refusal(tensor)

@@ -87,10 +87,8 @@ def embedding(
     -----
     Signature and semantics of :func:`torch.nn.functional.embedding`.
     """
-    if not native("embedding", weight):
+    if not native("embedding", weight, input):
         return eager.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    if not isinstance(input, Tensor):
-        raise TypeError(f"embedding: input must be a Tensor, got {type(input).__name__}")
     if padding_idx is None:
         padding_idx = -1
     else:
@@ -134,7 +132,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     -----
     ``torch.relu(torch.nn.functional.linear(input, weight, bias))``.
     """
-    if not native("linear_relu", input):
+    if not native("linear_relu", input, weight, bias):
         return eager.linear_relu(input, weight, bias)
     return _linear_relu(input, weight, bias)
 
@@ -163,7 +161,7 @@ def relu_mlp(input: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tens
     RuntimeError
         Shapes, dtypes or devices that do not match.
     """
-    if not native("relu_mlp", input):
+    if not native("relu_mlp", input, weight1, bias1, weight2, bias2):
         return eager.relu_mlp(input, weight1, bias1, weight2, bias2)
     return _relu_mlp(input, weight1, bias1, weight2, bias2)
 
@@ -207,10 +205,6 @@ def mse_loss(
     -----
     Signature and semantics of :func:`torch.nn.functional.mse_loss`.
     """
-    if not native("mse_loss", input):
-        if size_average is not None or reduce is not None:
-            reduction = _reduction.legacy_get_string(size_average, reduce)
-        return eager.mse_loss(input, target, reduction, weight)
     if target.size() != input.size():
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
@@ -218,6 +212,10 @@ def mse_loss(
             "Please ensure they have the same size.",
             stacklevel=2,
         )
+    if not native("mse_loss", input, target, weight):
+        if size_average is not None or reduce is not None:
+            reduction = _reduction.legacy_get_string(size_average, reduce)
+        return eager.mse_loss(input, target, reduction, weight)
     reduction = _reduction_name("mse_loss", reduction, size_average, reduce)
     return _mse_loss(input, target, weight, _REDUCTIONS[reduction])
 
@@ -284,7 +282,7 @@ def cross_entropy(
     Signature and semantics of :func:`torch.nn.functional.cross_entropy`. The softmax is taken online, block by block
     (arXiv:1805.02867), and under ``"mean"`` and ``"sum"`` the gradient is formed in the same visit of a row.
     """
-    if not native("cross_entropy", input):
+    if not native("cross_entropy", input, target, weight):
         if size_average is not None or reduce is not None:
             reduction = _reduction.legacy_get_string(size_average, reduce)
         return eager.cross_entropy(
@@ -372,7 +370,7 @@ def linear_cross_entropy(
         )
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
-    if not native(op, input):
+    if not native(op, input, linear_weight, target, linear_bias, weight):
         return eager.linear_cross_entropy(
             input,
             linear_weight,

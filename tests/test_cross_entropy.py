@@ -1,8 +1,12 @@
 """cross_entropy against float64, every option and dtype."""
 
 import pytest
+import torch
+import torch.nn.functional as TF
 from helpers import DTYPES, check_against_float64
 from operations import cases_of
+
+import fastllm.functional as F
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -12,3 +16,176 @@ def test_error_against_float64(dtype):
             check_against_float64(case.ours, case.reference, case.inputs)
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from error
+
+
+def gradient(function, x, *args, **kwargs):
+    x = x.detach().clone().requires_grad_()
+    loss = function(x, *args, **kwargs)
+    return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
+
+
+def assert_same(x, *args, **kwargs):
+    for ours, theirs in zip(
+        gradient(F.cross_entropy, x, *args, **kwargs), gradient(TF.cross_entropy, x, *args, **kwargs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        [-INF] * 5,
+        [-INF, -INF, 3.0, -INF, 1.0],
+        [INF, 0.0, 1.0, 2.0, 3.0],
+        [float("nan"), 0.0, 1.0, 2.0, 3.0],
+        [1e4, -1e4, 0.0, 9999.0, 1.0],
+        [1e30, 1e30, -1e30, 0.0, 0.0],
+    ],
+    ids=str,
+)
+def test_special_rows(row, reduction):
+    x = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5], row])
+    # An ignored row of NaN is another matter: ours is not read, and its gradient is 0 where PyTorch's is NaN.
+    for y in ([1, 2], [0, 0], [-100, 4]):
+        assert_same(x, torch.tensor(y), reduction=reduction)
+        assert_same(x, torch.tensor(y), reduction=reduction, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("start", [0, 1500, 2500])
+def test_blocks_of_minus_infinity(start):
+    """A masked vocabulary: whole blocks of a row are -inf, wherever they stand."""
+    x = torch.full((2, 3001), -INF)
+    x[:, start : start + 400] = torch.randn(2, 400) - 200
+    assert_same(x, torch.tensor([start, start + 399]))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_nothing_counted(reduction):
+    x = torch.randn(3, 5)
+    assert_same(x, torch.full((3,), -100), reduction=reduction)
+    assert_same(torch.randn(0, 5), torch.zeros(0, dtype=torch.int64), reduction=reduction)
+    assert_same(torch.randn(0, 5), torch.zeros(0, 5), reduction=reduction)
+    assert_same(torch.randn(0, 5, 2), torch.zeros(0, 2, dtype=torch.int64), reduction=reduction)
+
+
+def test_ignored_rows_are_not_read():
+    x = torch.randn(3, 5)
+    x[1] = float("nan")
+    loss, grad = gradient(F.cross_entropy, x, torch.tensor([0, -100, 2]))
+    assert loss.isfinite() and grad.isfinite().all() and grad[1].eq(0).all()
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5, 3), (2, 5, 3, 4), (2, 5, 1, 2, 3)])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_any_number_of_dimensions(shape, probabilities):
+    x = torch.randn(shape)
+    class_dim = 0 if len(shape) == 1 else 1
+    if probabilities:
+        y = torch.softmax(torch.randn(shape), class_dim)
+    else:
+        y = torch.randint(0, 5, shape[:class_dim] + shape[class_dim + 1 :])
+    for reduction in ("none", "mean", "sum"):
+        assert_same(x, y, reduction=reduction, label_smoothing=0.2, weight=torch.rand(5))
+        if len(shape) == 4:
+            assert_same(x.to(memory_format=torch.channels_last), y, reduction=reduction)
+
+
+def test_gradient_of_probabilities():
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    q = torch.softmax(torch.randn(3, 5, dtype=torch.float64), 1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, q: F.cross_entropy(x, q, label_smoothing=0.1), [x, q])
+
+
+def test_confident_rows_keep_their_gradient():
+    """p - 1 at the true class, formed before it is rounded: rounding p first would give 0."""
+    x = torch.tensor([[12.0, 0.0, 0.0]], dtype=torch.bfloat16)
+    _, grad = gradient(F.cross_entropy, x, torch.tensor([0]))
+    expected = gradient(TF.cross_entropy, x.double(), torch.tensor([0]))[1]
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-2, atol=0)
+
+
+def test_float16_under_a_loss_scale():
+    """Gradients of 1/N that float16 cannot hold appear once the incoming gradient lifts them."""
+    x = torch.randn(4096, 64, dtype=torch.float16)
+    y = torch.randint(0, 64, (4096,))
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    (F.cross_entropy(ours, y) * 8192).backward()
+    (TF.cross_entropy(theirs, y) * 8192).backward()
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=2e-3, atol=1e-5)
+
+
+class TestInplaceBackward:
+    y = torch.tensor([0, 3, 1])
+
+    @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_gradient_takes_the_storage_of_the_logits(self, dtype, reduction):
+        x = torch.randn(3, 5, dtype=dtype, requires_grad=True)
+        logits = x * 2.0
+        before = logits.detach().clone()
+        loss = F.cross_entropy(logits, self.y, reduction=reduction, inplace_backward=True)
+        assert torch.equal(logits, before)  # until backward they keep their values
+        incoming = torch.randn_like(loss)
+        loss.backward(incoming)
+        z = x.detach().clone().requires_grad_()
+        F.cross_entropy(z * 2.0, self.y, reduction=reduction).backward(incoming)
+        torch.testing.assert_close(x.grad, z.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+        assert not torch.equal(logits, before)
+
+    def test_second_backward_is_an_error(self):
+        logits = torch.randn(3, 5, requires_grad=True) * 1.0
+        loss = F.cross_entropy(logits, self.y, inplace_backward=True)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="inplace_backward"):
+            loss.backward()
+
+    def test_other_users_of_the_logits_notice(self):
+        logits = torch.randn(3, 5, requires_grad=True) * 1.0
+        loss = F.cross_entropy(logits, self.y, inplace_backward=True)
+        other = logits.pow(2).sum()
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            other.backward()
+        logits = torch.randn(3, 5, requires_grad=True) * 1.0
+        both = [F.cross_entropy(logits, self.y, inplace_backward=True) for _ in range(2)]
+        with pytest.raises(RuntimeError):
+            (both[0] + both[1]).backward()
+
+    def test_no_grad_leaves_the_logits_alone(self):
+        logits = torch.randn(3, 5)
+        before = logits.clone()
+        F.cross_entropy(logits, self.y, inplace_backward=True)
+        with torch.no_grad():
+            F.cross_entropy(logits.requires_grad_(), self.y, inplace_backward=True)
+        assert torch.equal(logits, before)
+
+    @pytest.mark.parametrize(
+        "make", [lambda x: x.t().contiguous().t(), lambda x: x[:1].expand(3, 5), lambda x: x[:, ::2]]
+    )
+    def test_other_layouts_are_copied(self, make):
+        x = torch.randn(3, 5, requires_grad=True)
+        logits = make(x * 1.0)
+        before = logits.detach().clone()
+        y = self.y.clamp(max=2)
+        F.cross_entropy(logits, y, inplace_backward=True).backward()
+        assert torch.equal(logits, before)
+        (expected,) = torch.autograd.grad(TF.cross_entropy(make(x * 1.0), y), x)
+        torch.testing.assert_close(x.grad, expected)
+
+    def test_softcap_and_smoothing(self):
+        x = torch.randn(3, 5, requires_grad=True)
+        options = {"softcap": 2.0, "label_smoothing": 0.1, "lse_square_scale": 0.1, "weight": torch.rand(5)}
+        (expected,) = torch.autograd.grad(F.cross_entropy(x, self.y, **options), x)
+        F.cross_entropy(x * 1.0, self.y, inplace_backward=True, **options).backward()
+        torch.testing.assert_close(x.grad, expected)
+
+
+def test_worked_example():
+    """-sum y log p for p = [0.2, 0.8] and y = [1, 0] is -log 0.2 = 1.6094."""
+    logits = torch.tensor([0.2, 0.8]).log()
+    assert F.cross_entropy(logits, torch.tensor([1.0, 0.0])).item() == pytest.approx(1.6094, abs=1e-4)
+    assert F.cross_entropy(logits, torch.tensor(0)).item() == pytest.approx(1.6094, abs=1e-4)

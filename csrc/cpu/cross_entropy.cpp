@@ -254,7 +254,8 @@ void gradient_from_exponentials(const Problem<T>& problem, int64_t row, const ac
   A truth = 0;
   for (int64_t begin = 0, b = 0; begin < n; begin += kCrossEntropyBlock, ++b) {
     const int64_t size = n - begin < kCrossEntropyBlock ? n - begin : kCrossEntropyBlock;
-    const A share = references[b] == -kInfinity<A> ? A(0) : std::exp(references[b] - softmax.max) / softmax.sum;
+    const A above = references[b] == -kInfinity<A> ? A(0) : std::exp(references[b] - softmax.max);
+    const A share = above / softmax.sum;
     const A factor = share * terms.probability;
     if (terms.y >= begin && terms.y < begin + size)
       truth = terms.at_class(e[terms.y] * share, problem.weight_of(terms.y));
@@ -269,14 +270,16 @@ void gradient_from_exponentials(const Problem<T>& problem, int64_t row, const ac
   if (terms.y >= 0) grad[terms.y] = from_acc<T>(truth);
 }
 
-// The gradient from the logits and their log-sum-exp: p_c = exp(z_c - lse). kCap: z = softcap tanh(x / softcap), and
+// The gradient from the logits and their softmax: p_c = exp(z_c - max) / sum. kCap: z = softcap tanh(x / softcap), and
 // the gradient takes tanh's derivative 1 - (z / softcap)^2.
 template <class T, bool kCap>
-void gradient_from_lse(const Problem<T>& problem, int64_t row, const acc_t<T>* z, acc_t<T> lse, acc_t<T> mass) {
+void gradient_from_softmax(const Problem<T>& problem, int64_t row, const acc_t<T>* z, Softmax<acc_t<T>> softmax,
+                           acc_t<T> mass) {
   using A = acc_t<T>;
   const T* x = problem.logits(row);
   const T* q = problem.probabilities(row);
-  const RowTerms<A> terms = problem.terms(row, mass, lse);
+  const RowTerms<A> terms = problem.terms(row, mass, softmax.lse());
+  const A share = 1 / softmax.sum, scale = share * terms.probability;
   const A inverse_cap = kCap ? static_cast<A>(1 / problem.r.softcap) : A(0);
   const auto logit = [&](int64_t i, int64_t some) {
     if constexpr (kCap)
@@ -289,12 +292,12 @@ void gradient_from_lse(const Problem<T>& problem, int64_t row, const acc_t<T>* z
   A truth = 0;
   if (terms.y >= 0) {
     const A value = at(terms.y);
-    truth = terms.at_class(std::exp(value - lse), problem.weight_of(terms.y));
+    truth = terms.at_class(std::exp(value - softmax.max) * share, problem.weight_of(terms.y));
     if (kCap) truth *= 1 - (value * inverse_cap) * (value * inverse_cap);
   }
   write_row(Sink<T>{grad, streams<T>(problem.r)}, problem.r.classes, [&](int64_t i, int64_t some) {
     const vec<A> v = logit(i, some);
-    vec<A> g = less_target(problem, q, terms, exp_nonpositive(v - lse) * terms.probability, i, some);
+    vec<A> g = less_target(problem, q, terms, exp_nonpositive(v - softmax.max) * scale, i, some);
     if constexpr (kCap) g *= 1 - (v * inverse_cap) * (v * inverse_cap);
     return g;
   });
@@ -351,11 +354,13 @@ template <class T>
 void forward_row(const Problem<T>& problem, int64_t row, acc_t<T>* scratch) {
   using A = acc_t<T>;
   const CrossEntropyRows& r = problem.r;
-  A* loss = static_cast<A*>(r.loss) + row;
-  A* lse = static_cast<A*>(r.lse) + row;
+  const auto finish = [&](A loss, A max, A log_sum) {
+    static_cast<A*>(r.loss)[row] = loss;
+    static_cast<A*>(r.row_max)[row] = max;
+    static_cast<A*>(r.row_log_sum)[row] = log_sum;
+  };
   if (problem.ignored(row)) {
-    *loss = 0;
-    *lse = 0;
+    finish(0, 0, 0);
     if (r.grad != nullptr) fill_zero(problem.grad(row), r.classes);
     return;
   }
@@ -364,22 +369,16 @@ void forward_row(const Problem<T>& problem, int64_t row, acc_t<T>* scratch) {
   if (r.softcap != 0) {
     softcapped(x, scratch, r.softcap, r.classes);
     const Softmax<A> softmax = softmax_walk<A, false>(scratch, r.classes, nullptr, nullptr);
-    *loss = row_loss<T, A>(problem, row, scratch, softmax, &mass);
-    *lse = softmax.lse();
-    if (r.grad != nullptr) gradient_from_lse<T, true>(problem, row, scratch, *lse, mass);
-    return;
-  }
-  if (r.grad == nullptr) {
-    const Softmax<A> softmax = softmax_walk<T, false>(x, r.classes, nullptr, nullptr);
-    *loss = row_loss<T, T>(problem, row, x, softmax, &mass);
-    *lse = softmax.lse();
+    finish(row_loss<T, A>(problem, row, scratch, softmax, &mass), softmax.max, softmax.log_sum());
+    if (r.grad != nullptr) gradient_from_softmax<T, true>(problem, row, scratch, softmax, mass);
     return;
   }
   A* references = scratch + r.classes;
-  const Softmax<A> softmax = softmax_walk<T, true>(x, r.classes, scratch, references);
-  *loss = row_loss<T, T>(problem, row, x, softmax, &mass);
-  *lse = softmax.lse();
-  gradient_from_exponentials(problem, row, scratch, references, softmax, mass);
+  const bool keep = r.grad != nullptr;
+  const Softmax<A> softmax = keep ? softmax_walk<T, true>(x, r.classes, scratch, references)
+                                  : softmax_walk<T, false>(x, r.classes, nullptr, nullptr);
+  finish(row_loss<T, T>(problem, row, x, softmax, &mass), softmax.max, softmax.log_sum());
+  if (keep) gradient_from_exponentials(problem, row, scratch, references, softmax, mass);
 }
 
 template <class T>
@@ -399,13 +398,14 @@ void backward_row(const Problem<T>& problem, int64_t row, acc_t<T>* scratch) {
     fill_zero(problem.grad(row), r.classes);
     return;
   }
-  const acc_t<T> lse = static_cast<const acc_t<T>*>(r.lse)[row];
+  const acc_t<T> max = static_cast<const acc_t<T>*>(r.row_max)[row];
+  const Softmax<acc_t<T>> softmax{max, std::exp(static_cast<const acc_t<T>*>(r.row_log_sum)[row])};
   const acc_t<T> mass = distribution_mass(problem, row);
   if (r.softcap != 0) {
     softcapped(problem.logits(row), scratch, r.softcap, r.classes);
-    gradient_from_lse<T, true>(problem, row, scratch, lse, mass);
+    gradient_from_softmax<T, true>(problem, row, scratch, softmax, mass);
   } else {
-    gradient_from_lse<T, false>(problem, row, scratch, lse, mass);
+    gradient_from_softmax<T, false>(problem, row, scratch, softmax, mass);
   }
 }
 

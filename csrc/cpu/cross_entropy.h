@@ -22,7 +22,10 @@ struct CrossEntropyRows {
   int64_t ignore_index;
   double label_smoothing, lse_square_scale, softcap;  // softcap 0: none
   void* loss;                                         // (rows) acc
-  void* lse;                                          // (rows) acc
+  // (rows) acc each: the maximum of a row, and the log of its sum of exp(z - maximum). Kept apart: their sum, the
+  // log-sum-exp, would round away what large logits leave of their differences.
+  void* row_max;
+  void* row_log_sum;
   // Gradient of sum_r scale row_scale_r loss_r, or null. May be the logits themselves.
   void* grad;
   int64_t grad_stride;
@@ -35,8 +38,8 @@ constexpr int64_t kCrossEntropyBlock = 1024;
 inline int64_t cross_entropy_scratch(int64_t classes) { return classes + classes / kCrossEntropyBlock + 64; }
 
 struct CrossEntropyKernels {
-  void (*forward)(const CrossEntropyRows&);   // writes loss, lse and, where asked, grad
-  void (*backward)(const CrossEntropyRows&);  // reads lse, writes grad
+  void (*forward)(const CrossEntropyRows&);   // writes loss, row_max, row_log_sum and, where asked, grad
+  void (*backward)(const CrossEntropyRows&);  // reads row_max and row_log_sum, writes grad
 };
 
 // Position of the first class index that is neither ignore_index nor in [0, classes), or -1. `divisor` becomes the

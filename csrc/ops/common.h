@@ -46,6 +46,11 @@ inline bool defined(const OptionalTensor& t) { return t.has_value() && t->define
 inline bool requires_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
 inline bool requires_grad(const OptionalTensor& t) { return t.has_value() && requires_grad(*t); }
 
+// Python's None arrives as an undefined tensor.
+inline void check_given(const char* op, const char* name, const Tensor& t) {
+  TORCH_CHECK_TYPE(t.defined(), op, ": ", name, " must be a tensor, got None");
+}
+
 // True where tensors hold numbers: no fake tensors, no mode that records what is called. Only then may a node look at
 // values or hand a saved buffer over.
 template <class... Tensors>

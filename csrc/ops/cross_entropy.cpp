@@ -24,56 +24,57 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor
   const Tensor logits = with_unit_stride(input);
   const RowLoss rows("cross_entropy", input.scalar_type(), input.size(1), target, weight, options);
   const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
-  const Tensor loss = at::empty({input.size(0)}, acc), lse = at::empty({input.size(0)}, acc);
+  const Tensor loss = at::empty({input.size(0)}, acc), softmax = at::empty({2, input.size(0)}, acc);
   const bool with_grad = need_grad && reduction != kNone;
   const Tensor grad = with_grad ? pool::empty(input.sizes(), input.scalar_type()) : at::empty({0, 0}, input.options());
-  rows.forward(logits, 0, loss, lse, with_grad ? grad : Tensor(), 1 / rows.divisor(), Tensor());
-  return {rows.reduced(loss, input.scalar_type()), lse, grad};
+  rows.forward(logits, 0, loss, softmax, with_grad ? grad : Tensor(), 1 / rows.divisor(), Tensor());
+  return {rows.reduced(loss, input.scalar_type()), softmax, grad};
 }
 
 void backward_into(const Tensor& grad_output, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                   const Tensor& lse, FASTLLM_CE_OPTIONS, const Tensor& grad) {
+                   const Tensor& softmax, FASTLLM_CE_OPTIONS, const Tensor& grad) {
   const auto options =
       checked_options("cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
   const RowLoss rows("cross_entropy", logits.scalar_type(), logits.size(1), target, weight, options);
   if (reduction == kNone)
-    rows.backward(logits, 0, lse, grad, 1, grad_output.to(lse.scalar_type()).contiguous());
+    rows.backward(logits, 0, softmax, grad, 1, grad_output.to(softmax.scalar_type()).contiguous());
   else
-    rows.backward(logits, 0, lse, grad, grad_output.item<double>() / rows.divisor(), Tensor());
+    rows.backward(logits, 0, softmax, grad, grad_output.item<double>() / rows.divisor(), Tensor());
 }
 
 Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                    const Tensor& lse, FASTLLM_CE_OPTIONS) {
+                    const Tensor& softmax, FASTLLM_CE_OPTIONS) {
   const Tensor grad = pool::empty(input.sizes(), input.scalar_type());
-  backward_into(grad_output, with_unit_stride(input), target, weight, lse, reduction, ignore_index, label_smoothing,
+  backward_into(grad_output, with_unit_stride(input), target, weight, softmax, reduction, ignore_index, label_smoothing,
                 lse_square_scale, softcap, grad);
   return grad;
 }
 
 void backward_inplace_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                          const OptionalTensor& weight, const Tensor& lse, FASTLLM_CE_OPTIONS) {
+                          const OptionalTensor& weight, const Tensor& softmax, FASTLLM_CE_OPTIONS) {
   TORCH_CHECK(with_unit_stride(input).is_same(input),
               "cross_entropy_backward_: input's rows must be contiguous and apart, got strides ", input.strides());
-  backward_into(grad_output, input, target, weight, lse, reduction, ignore_index, label_smoothing, lse_square_scale,
+  backward_into(grad_output, input, target, weight, softmax, reduction, ignore_index, label_smoothing, lse_square_scale,
                 softcap, input);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                                 FASTLLM_CE_OPTIONS, bool need_grad) {
   const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
-  const Tensor lse = at::empty_symint({input.sym_size(0)}, acc);
+  const Tensor softmax = at::empty_symint({2, input.sym_size(0)}, acc);
   const bool with_grad = need_grad && reduction != kNone;
   return {reduction == kNone ? at::empty_symint({input.sym_size(0)}, input.options()) : at::empty({}, input.options()),
-          lse, with_grad ? at::empty_symint(input.sym_sizes(), input.options()) : at::empty({0, 0}, input.options())};
+          softmax,
+          with_grad ? at::empty_symint(input.sym_sizes(), input.options()) : at::empty({0, 0}, input.options())};
 }
 
 Tensor backward_meta(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                     const Tensor& lse, FASTLLM_CE_OPTIONS) {
+                     const Tensor& softmax, FASTLLM_CE_OPTIONS) {
   return at::empty_symint(input.sym_sizes(), input.options());
 }
 
 void backward_inplace_meta(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                           const OptionalTensor& weight, const Tensor& lse, FASTLLM_CE_OPTIONS) {}
+                           const OptionalTensor& weight, const Tensor& softmax, FASTLLM_CE_OPTIONS) {}
 
 template <class Signature>
 auto plain_op(const char* name) {
@@ -83,8 +84,8 @@ auto plain_op(const char* name) {
 // --- autograd ---------------------------------------------------------------------------------------------------
 
 // Under `mean` and `sum` the gradient is formed in the forward pass for an incoming gradient of 1. Another incoming
-// gradient, a fake tensor, `none` or inplace_backward forms it in backward from the saved logits and log-sum-exp: never
-// by scaling what was rounded before, which in float16 may have vanished.
+// gradient, a fake tensor, `none` or inplace_backward forms it in backward from the saved logits and their rows'
+// maximum and sum: never by scaling what was rounded before, which in float16 may have vanished.
 class Node : public torch::autograd::Function<Node> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -92,9 +93,9 @@ class Node : public torch::autograd::Function<Node> {
     static const auto op = plain_op<decltype(forward_cpu)>("fastllm::cross_entropy_forward");
     at::AutoDispatchBelowADInplaceOrView below;
     const bool early = reduction != kNone && !inplace && input.requires_grad() && is_concrete(input, target);
-    auto [output, lse, grad] =
+    auto [output, softmax, grad] =
         op.call(input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, early);
-    ctx->save_for_backward({input, target, weight.value_or(Tensor()), lse});
+    ctx->save_for_backward({input, target, weight.value_or(Tensor()), softmax});
     ctx->saved_data["integers"] = std::vector<int64_t>{reduction, ignore_index, inplace};
     ctx->saved_data["numbers"] = std::vector<double>{label_smoothing, lse_square_scale, softcap.value_or(0)};
     if (early) ctx->saved_data["grad"] = grad;
@@ -111,7 +112,7 @@ class Node : public torch::autograd::Function<Node> {
                 "cross_entropy: a second backward through logits that inplace_backward=True has overwritten with their "
                 "gradient; use inplace_backward=False to keep the graph");
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &input = saved[0], &target = saved[1], &lse = saved[3];
+    const Tensor &input = saved[0], &target = saved[1], &softmax = saved[3];
     const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
     const std::optional<double> softcap = cap == 0 ? std::nullopt : std::optional<double>(cap);
     const bool need_input = ctx->needs_input_grad(0), need_target = ctx->needs_input_grad(1);
@@ -131,7 +132,8 @@ class Node : public torch::autograd::Function<Node> {
     if (inplace && is_concrete(input, g)) {
       static const auto op = plain_op<decltype(backward_inplace_cpu)>("fastllm::cross_entropy_backward_");
       const Tensor storage = input.detach();
-      op.call(g, storage, target, weight, lse, reduction, ignore_index, smoothing, z_loss, softcap);
+      op.call(g, storage, target, weight, softmax, reduction, ignore_index, smoothing, z_loss, softcap);
+      storage.unsafeGetTensorImpl()->bump_version();  // whoever else saved the logits is told
       ctx->saved_data["overwritten"] = true;
       grads[0] = storage;
       return grads;
@@ -141,7 +143,7 @@ class Node : public torch::autograd::Function<Node> {
       return grads;
     }
     static const auto op = plain_op<decltype(backward_cpu)>("fastllm::cross_entropy_backward");
-    grads[0] = op.call(g, input, target, weight, lse, reduction, ignore_index, smoothing, z_loss, softcap);
+    grads[0] = op.call(g, input, target, weight, softmax, reduction, ignore_index, smoothing, z_loss, softcap);
     return grads;
   }
 };
@@ -154,11 +156,12 @@ void check_shapes(const Tensor& input, const Tensor& target, bool probabilities)
               ", got ", target.device());
   if (probabilities) return;
   if (input.dim() == 1) {
-    TORCH_CHECK(target.dim() == 0, "cross_entropy: target must be of shape () for input of shape ", input.sym_sizes(),
-                ", got ", target.sym_sizes());
+    TORCH_CHECK_VALUE(target.dim() == 0 || (target.dim() == 1 && target.sym_size(0) == 1),
+                      "cross_entropy: target must be of shape () or (1,) for input of shape ", input.sym_sizes(),
+                      ", got ", target.sym_sizes());
     return;
   }
-  TORCH_CHECK_VALUE(target.dim() == 0 || input.sym_size(0) == target.sym_size(0),
+  TORCH_CHECK_VALUE(target.dim() > 0 && input.sym_size(0) == target.sym_size(0),
                     "cross_entropy: target must have input's batch size ", input.sym_size(0), ", got ",
                     target.sym_sizes());
   bool match = target.dim() == input.dim() - 1;
@@ -170,6 +173,8 @@ void check_shapes(const Tensor& input, const Tensor& target, bool probabilities)
 Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight, FASTLLM_CE_OPTIONS,
                      bool inplace_backward) {
   checked_options("cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
+  check_given("cross_entropy", "input", input);
+  check_given("cross_entropy", "target", target);
   const bool probabilities = input.sym_sizes() == target.sym_sizes();
   check_shapes(input, target, probabilities);
   TORCH_CHECK_NOT_IMPLEMENTED(is_served_dtype(input.scalar_type()),
@@ -197,7 +202,7 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
   const bool spatial = input.dim() > 2;
   if (input.dim() == 1) {
     x = x.unsqueeze(0);
-    y = y.unsqueeze(0);
+    if (probabilities || y.dim() == 0) y = y.unsqueeze(0);
   } else if (spatial) {
     x = x.movedim(1, -1).reshape_symint({-1, classes});
     y = probabilities ? y.movedim(1, -1).reshape_symint({-1, classes}) : y.reshape({-1});
@@ -240,13 +245,15 @@ TORCH_LIBRARY_FRAGMENT(fastllm, m) {
       "label_smoothing, float lse_square_scale, float? softcap, bool inplace_backward) -> Tensor");
   m.def(
       "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, float "
-      "label_smoothing, float lse_square_scale, float? softcap, bool need_grad) -> (Tensor output, Tensor lse, Tensor "
+      "label_smoothing, float lse_square_scale, float? softcap, bool need_grad) -> (Tensor output, Tensor softmax, "
+      "Tensor "
       "grad)");
   m.def(
-      "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor lse, int "
+      "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor softmax, int "
       "reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap) -> Tensor");
   m.def(
-      "cross_entropy_backward_(Tensor grad_output, Tensor(a!) input, Tensor target, Tensor? weight, Tensor lse, int "
+      "cross_entropy_backward_(Tensor grad_output, Tensor(a!) input, Tensor target, Tensor? weight, Tensor softmax, "
+      "int "
       "reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap) -> ()");
 }
 TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("cross_entropy", cross_entropy); }

@@ -83,7 +83,7 @@ RowLoss::RowLoss(const char* op, at::ScalarType dtype, int64_t classes, const Te
   scratch_ = at::empty({size}, at::TensorOptions().dtype(acc));
 }
 
-cpu::CrossEntropyRows RowLoss::rows(const Tensor& logits, int64_t first, const Tensor& lse, const Tensor& grad,
+cpu::CrossEntropyRows RowLoss::rows(const Tensor& logits, int64_t first, const Tensor& softmax, const Tensor& grad,
                                     double scale, const Tensor& row_scale) const {
   const auto offset = [&](const Tensor& t, int64_t items) {
     return static_cast<const char*>(t.const_data_ptr()) + first * items * static_cast<int64_t>(t.element_size());
@@ -106,7 +106,8 @@ cpu::CrossEntropyRows RowLoss::rows(const Tensor& logits, int64_t first, const T
   r.label_smoothing = options_.label_smoothing;
   r.lse_square_scale = options_.lse_square_scale;
   r.softcap = options_.softcap;
-  r.lse = lse.mutable_data_ptr();
+  r.row_max = softmax.select(0, 0).mutable_data_ptr();
+  r.row_log_sum = softmax.select(0, 1).mutable_data_ptr();
   if (grad.defined()) {
     r.grad = grad.mutable_data_ptr();
     r.grad_stride = grad.stride(0);
@@ -117,16 +118,16 @@ cpu::CrossEntropyRows RowLoss::rows(const Tensor& logits, int64_t first, const T
   return r;
 }
 
-void RowLoss::forward(const Tensor& logits, int64_t first, const Tensor& loss, const Tensor& lse, const Tensor& grad,
-                      double scale, const Tensor& row_scale) const {
-  cpu::CrossEntropyRows r = rows(logits, first, lse, grad, scale, row_scale);
+void RowLoss::forward(const Tensor& logits, int64_t first, const Tensor& loss, const Tensor& softmax,
+                      const Tensor& grad, double scale, const Tensor& row_scale) const {
+  cpu::CrossEntropyRows r = rows(logits, first, softmax, grad, scale, row_scale);
   r.loss = loss.mutable_data_ptr();
   cpu::cross_entropy().forward(r);
 }
 
-void RowLoss::backward(const Tensor& logits, int64_t first, const Tensor& lse, const Tensor& grad, double scale,
+void RowLoss::backward(const Tensor& logits, int64_t first, const Tensor& softmax, const Tensor& grad, double scale,
                        const Tensor& row_scale) const {
-  cpu::cross_entropy().backward(rows(logits, first, lse, grad, scale, row_scale));
+  cpu::cross_entropy().backward(rows(logits, first, softmax, grad, scale, row_scale));
 }
 
 Tensor RowLoss::reduced(const Tensor& loss, at::ScalarType dtype) const {

@@ -32,12 +32,13 @@ class RowLoss {
   RowLoss(const char* op, at::ScalarType dtype, int64_t classes, const at::Tensor& target, const OptionalTensor& weight,
           const CrossEntropyOptions& options);
 
-  // Loss (rows), lse (rows) of logits (rows, C), which are rows [first, first + rows) of the whole; with a defined grad
-  // (rows, C), which may be the logits, also the gradient of sum_r scale row_scale_r loss_r.
-  void forward(const at::Tensor& logits, int64_t first, const at::Tensor& loss, const at::Tensor& lse,
+  // Loss (rows), softmax (2, rows: maximum, log of the sum) of logits (rows, C), which are rows [first, first + rows)
+  // of the whole; with a defined grad (rows, C), which may be the logits, also the gradient of sum_r scale row_scale_r
+  // loss_r.
+  void forward(const at::Tensor& logits, int64_t first, const at::Tensor& loss, const at::Tensor& softmax,
                const at::Tensor& grad, double scale, const at::Tensor& row_scale) const;
-  void backward(const at::Tensor& logits, int64_t first, const at::Tensor& lse, const at::Tensor& grad, double scale,
-                const at::Tensor& row_scale) const;
+  void backward(const at::Tensor& logits, int64_t first, const at::Tensor& softmax, const at::Tensor& grad,
+                double scale, const at::Tensor& row_scale) const;
 
   // 1 for `sum` and `none`; for `mean` the count of rows or the sum of their weights.
   double divisor() const { return divisor_; }
@@ -45,7 +46,7 @@ class RowLoss {
   at::Tensor reduced(const at::Tensor& loss, at::ScalarType dtype) const;
 
  private:
-  cpu::CrossEntropyRows rows(const at::Tensor& logits, int64_t first, const at::Tensor& lse, const at::Tensor& grad,
+  cpu::CrossEntropyRows rows(const at::Tensor& logits, int64_t first, const at::Tensor& softmax, const at::Tensor& grad,
                              double scale, const at::Tensor& row_scale) const;
 
   CrossEntropyOptions options_;

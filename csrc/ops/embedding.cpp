@@ -111,6 +111,8 @@ class Node : public torch::autograd::Function<Node> {
 };
 
 Tensor embedding(const Tensor& input, const Tensor& weight, int64_t padding_idx, bool scale_grad_by_freq, bool sparse) {
+  check_given("embedding", "input", input);
+  check_given("embedding", "weight", weight);
   TORCH_CHECK(weight.dim() == 2, "embedding: weight must be 2-D (rows, features), got ", weight.dim(), "-D ",
               weight.sym_sizes());
   TORCH_CHECK(input.scalar_type() == at::kLong || input.scalar_type() == at::kInt,

@@ -9,6 +9,8 @@ namespace fastllm {
 
 void check_linear(const char* op, const char* input_name, const Tensor& input, const char* weight_name,
                   const Tensor& weight, const char* bias_name, const OptionalTensor& bias) {
+  check_given(op, input_name, input);
+  check_given(op, weight_name, weight);
   TORCH_CHECK(input.dim() >= 1, op, ": ", input_name, " must have at least 1 dimension, got ", input.dim());
   TORCH_CHECK(weight.dim() == 2, op, ": ", weight_name, " must be 2-D (out_features, in_features), got ", weight.dim(),
               "-D ", weight.sym_sizes());
@@ -31,14 +33,13 @@ void check_linear(const char* op, const char* input_name, const Tensor& input, c
 
 namespace {
 
-// oneDNN applies bias and ReLU to the float32 sums of a bfloat16 product, before the only rounding.
-OptionalTensor try_fused_bf16(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
+// oneDNN adds the bias to the float32 sums of a bfloat16 product, before the only rounding. (Its ReLU makes 0 of NaN.)
+OptionalTensor try_onednn_bf16(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   static const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
   if (!op.has_value() || input.scalar_type() != at::kBFloat16 || !onednn_serves_bf16()) return std::nullopt;
   static const auto call = op->typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view,
                                             c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>)>();
-  return call.call(input.contiguous(), weight.contiguous(), bias, relu ? "relu" : "none",
-                   c10::List<std::optional<at::Scalar>>(), "");
+  return call.call(input.contiguous(), weight.contiguous(), bias, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
 }  // namespace
@@ -68,12 +69,16 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTenso
   const int64_t rows = input.size(0), columns = weight.size(0);
   const Tensor b = defined(bias) ? bias->contiguous() : Tensor();
   const Tensor turned = weight.t();
-  if (!cpu::is_small_product(rows, input.size(1), columns))
-    if (const OptionalTensor fused = try_fused_bf16(input, weight, bias, relu)) return *fused;
-  const Tensor y = pool::empty({rows, columns}, input.scalar_type());
-  if (y.numel() == 0 || try_small_product(y, input, turned, b, relu)) return y;
   const DType dtype = dtype_tag(input);
   const auto& kernels = cpu::linear_relu();
+  if (!cpu::is_small_product(rows, input.size(1), columns)) {
+    if (const OptionalTensor z = try_onednn_bf16(input, weight, bias)) {
+      if (relu) kernels.bias_relu(dtype, z->mutable_data_ptr(), nullptr, rows, columns);
+      return *z;
+    }
+  }
+  const Tensor y = pool::empty({rows, columns}, input.scalar_type());
+  if (y.numel() == 0 || try_small_product(y, input, turned, b, relu)) return y;
   // float32 and float64 add the bias in the pass that takes the ReLU. bfloat16 and float16 would round before it: there
   // the product is added to rows that hold the bias already. Without ReLU that saves the pass, whatever the dtype.
   const bool late_bias = relu && (dtype == DType::kF32 || dtype == DType::kF64);

@@ -86,13 +86,13 @@ class Walk {
     Gradients g;
     if (needs_.input) g.input = pool::empty(input_.sizes(), dtype);
     const Tensor logits = pool::empty({chunk, classes}, dtype);
-    const Tensor lse = at::empty({n}, loss.options());
+    const Tensor softmax = at::empty({2, chunk}, loss.options());
     if (needs_.bias) bias_sums_ = pool::empty({n / cpu::kColumnBlock + n / (chunk + 1) + 2, classes}, acc_dtype(dtype));
     for (int64_t first = 0; first < n; first += chunk) {
       const Tensor x = part(input_, first), z = whole ? logits : logits.narrow(0, 0, x.size(0));
       compute_logits(x, z);
-      rows_.forward(z, first, part(loss, first), part(lse, first), needs_.any() ? z : Tensor(), scale,
-                    part(row_scale, first));
+      rows_.forward(z, first, part(loss, first), whole ? softmax : softmax.narrow(1, 0, x.size(0)),
+                    needs_.any() ? z : Tensor(), scale, part(row_scale, first));
       if (needs_.input) multiply(part(g.input, first), z, weight_);
       if (needs_.weight) add_weight_gradient(z, x, first == 0, !whole);
       if (needs_.bias) add_bias_gradient(z);
@@ -312,6 +312,8 @@ Tensor linear_cross_entropy(const Tensor& input, const Tensor& linear_weight, co
                             const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
   constexpr const char* op = "linear_cross_entropy";
   checked_options(op, reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
+  check_given(op, "input", input);
+  check_given(op, "target", target);
   TORCH_CHECK(input.dim() == 1 || input.dim() == 2, op, ": input must be 1-D or 2-D, got ", input.dim(), "-D ",
               input.sym_sizes());
   check_linear(op, "input", input, "linear_weight", linear_weight, "linear_bias", linear_bias);

@@ -127,6 +127,10 @@ class Node : public torch::autograd::Function<Node> {
 // --- the operation ----------------------------------------------------------------------------------------------
 
 Tensor mse_loss(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction) {
+  check_given("mse_loss", "input", input);
+  check_given("mse_loss", "target", target);
+  TORCH_CHECK(input.device() == target.device(), "mse_loss: target must be on input's device ", input.device(),
+              ", got ", target.device());
   if (defined(weight))
     TORCH_CHECK_VALUE(weight->sym_sizes() == input.sym_sizes(), "mse_loss: weight must have input's size ",
                       input.sym_sizes(), ", got ", weight->sym_sizes());

@@ -98,6 +98,7 @@ class Node : public torch::autograd::Function<Node> {
 Tensor relu_mlp(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1, const Tensor& weight2,
                 const OptionalTensor& bias2) {
   check_linear("relu_mlp", "input", input, "weight1", weight1, "bias1", bias1);
+  check_given("relu_mlp", "weight2", weight2);
   TORCH_CHECK(weight2.dim() == 2 && weight2.sym_size(1) == weight1.sym_size(0),
               "relu_mlp: weight2 must be of shape (*, ", weight1.sym_size(0), ") for weight1 ", weight1.sym_sizes(),
               ", got ", weight2.sym_sizes());
