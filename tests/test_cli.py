@@ -1,0 +1,84 @@
+"""The command line, as a user runs it."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+SMALL = ["--steps", "8", "--batch-size", "4", "--sequence-length", "8", "--vocab-size", "280", "--embedding-dim", "8"]
+
+
+def fastllm(*arguments, **kwargs):
+    command = [sys.executable, "-m", "fastllm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("one two three four five six seven eight nine ten. " * 60)
+    return path
+
+
+def test_train_and_generate(text, tmp_path):
+    out = tmp_path / "m.pt"
+    run = fastllm("train", "--text", text, "--out", out, "--prompt", "one", "--compare-eager", *SMALL)
+    assert run.returncode == 0, run.stderr
+    for line in ("held-out perplexity before", "held-out perplexity after", "sample: one", "eager / fastllm", "saved"):
+        assert line in run.stdout
+    assert "loss" in run.stderr
+    first = fastllm("generate", "--checkpoint", out, "--prompt", "one", "--tokens", 5)
+    again = fastllm("generate", "--checkpoint", out, "--prompt", "one", "--tokens", 5)
+    assert first.returncode == 0 and first.stdout.startswith("one") and first.stdout == again.stdout
+
+
+def test_interrupt_saves_and_says_how_to_resume(text, tmp_path):
+    out = tmp_path / "m.pt"
+    arguments = [*SMALL, "--steps", "200000"]
+    command = [sys.executable, "-m", "fastllm", "train", "--text", str(text), "--out", str(out), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()  # the text
+    process.stdout.readline()  # the model
+    process.stdout.readline()  # the perplexity: training begins
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert f"fastllm train --resume {out}" in stdout and out.exists()
+
+
+def test_resume(text, tmp_path):
+    out = tmp_path / "m.pt"
+    assert fastllm("train", "--text", text, "--out", out, *SMALL).returncode == 0
+    run = fastllm("train", "--resume", out)
+    assert run.returncode == 0 and "resuming" in run.stdout and "step 8 of 8" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--text", "absent.txt"], "cannot read absent.txt"),
+        (["train", "--resume", "absent.pt"], "cannot read checkpoint"),
+        (["generate", "--checkpoint", "absent.pt"], "cannot read checkpoint"),
+        (["train", "--steps", "0"], "at least 1"),
+        (["train", "--vocab-size", "3"], "vocab_size"),
+        (["train", "--nonsense"], "unrecognized"),
+        ([], "required"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    run = fastllm(*arguments)
+    assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["bench"], ["info"]])
+def test_help(command):
+    run = fastllm(*command, "--help")
+    assert run.returncode == 0 and "usage" in run.stdout
+
+
+def test_info():
+    run = fastllm("info")
+    assert run.returncode == 0 and "instruction_set" in run.stdout and "backends" in run.stdout
