@@ -106,11 +106,10 @@ def table(report: dict) -> str:
     """The report as Markdown."""
     machine, limits = report["machine"], report["machine"]["limits"]
     lines = [
-        f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_set']}; torch
-        {machine['torch']}; "
+        f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_set']}; torch {machine['torch']}; "
         f"float32 products by {machine['float32_gemm']}; {machine['date']}, commit {machine['commit']}. "
-        f"Copy {limits['copy'] / 1e9:.0f} GB/s, in place {limits['in_place'] / 1e9:.0f} GB/s; products of 2048 in
-        eager " f"PyTorch: {limits['gemm_fp32'] / 1e9:.0f} GFLOP/s fp32, {limits['gemm_bf16'] / 1e9:.0f} bf16.",
+        f"Copy {limits['copy'] / 1e9:.0f} GB/s, in place {limits['in_place'] / 1e9:.0f} GB/s; products of 2048 in eager "
+        f"PyTorch: {limits['gemm_fp32'] / 1e9:.0f} GFLOP/s fp32, {limits['gemm_bf16'] / 1e9:.0f} bf16.",
         "",
         "| operation | shape | dtype | eager ms | fastllm ms | ratio | aimed at | ratio, warm malloc | achieved | "
         "extra MB eager / fastllm | error eager / fastllm |",

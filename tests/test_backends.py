@@ -165,8 +165,8 @@ except RuntimeError as error: print("refused")
     [
         ('sys.modules["fastllm._build_info"] = None', "not built"),
         (
-            'build.BUILD = {"torch": "1.0", "cxx_version": "g++", "isa": []}; sys.modules["fastllm._build_info"] =
-            build', "built with torch 1.0",
+            'build.BUILD = {"torch": "1.0", "cxx_version": "g++", "isa": []}; sys.modules["fastllm._build_info"] = build',
+            "built with torch 1.0",
         ),
         ('sys.modules["fastllm._C"] = None', "cannot be loaded"),
     ],
