@@ -21,7 +21,6 @@ KERNEL_TESTS = [
     "test_linear_relu.py",
     "test_mse_loss.py",
     "test_relu_mlp.py",
-    "test_simd.py",
 ]
 
 

@@ -26,18 +26,31 @@ FASTLLM_INLINE void store_some(T* p, vec<acc_t<T>> v, int64_t size) {
     store_partial(p, v, size);
 }
 
-// kRows rows and two vectors of columns of c; b: the columns from j on, rows b_inner apart.
-template <class T, int kRows, class B>
+// One vector of row i of c. A column-major c is written item by item: it is small.
+template <class T>
+FASTLLM_INLINE void put(const SmallProduct& s, vec<acc_t<T>> v, int64_t i, int64_t j, int64_t size) {
+  T* c = static_cast<T*>(s.c) + i * s.c_row;
+  if (s.c_column == 1) {
+    store_some(c + j, v, size);
+    return;
+  }
+  T items[lanes<T>];
+  store(items, v);
+  for (int64_t k = 0; k < size; ++k) c[(j + k) * s.c_column] = items[k];
+}
+
+// kRows rows and two vectors of columns of c; b: the columns from j on, rows b_inner apart. kSums: also b's own sums.
+template <class T, int kRows, bool kSums, class B>
 FASTLLM_INLINE void small_tile(const SmallProduct& s, const B* b, int64_t b_inner, int64_t i, int64_t j, int64_t size) {
   using A = acc_t<T>;
   constexpr int w = lanes<T>;
   const T* a = static_cast<const T*>(s.a) + i * s.a_row;
   const int64_t first = size < w ? size : w, second = size - first;
-  vec<A> total[kRows][2] = {};
+  vec<A> total[kRows][2] = {}, total_of_b[2] = {};
   // Sums of a few hundred terms join the total one by one: the error grows with their number, not with `inner`.
   for (int64_t begin = 0; begin < s.inner; begin += 256) {
     const int64_t end = begin + 256 < s.inner ? begin + 256 : s.inner;
-    vec<A> sum[kRows][2] = {};
+    vec<A> sum[kRows][2] = {}, sum_of_b[2] = {};
     for (int64_t p = begin; p < end; ++p) {
       const vec<A> u = load_some(b + p * b_inner, first);
       const vec<A> v = second > 0 ? load_some(b + p * b_inner + w, second) : vec<A>{};
@@ -46,22 +59,38 @@ FASTLLM_INLINE void small_tile(const SmallProduct& s, const B* b, int64_t b_inne
         sum[k][0] += u * factor;
         sum[k][1] += v * factor;
       }
+      if constexpr (kSums) {
+        sum_of_b[0] += u;
+        sum_of_b[1] += v;
+      }
     }
     for (int k = 0; k < kRows; ++k) {
       total[k][0] += sum[k][0];
       total[k][1] += sum[k][1];
     }
+    total_of_b[0] += sum_of_b[0];
+    total_of_b[1] += sum_of_b[1];
   }
   const T* bias = static_cast<const T*>(s.bias);
-  for (int k = 0; k < kRows; ++k)
-    for (int h = 0; h < 2; ++h) {
-      const int64_t some = h == 0 ? first : second;
-      if (some <= 0) continue;
+  for (int h = 0; h < 2; ++h) {
+    const int64_t some = h == 0 ? first : second, column = j + h * w;
+    if (some <= 0) continue;
+    for (int k = 0; k < kRows; ++k) {
       vec<A> v = total[k][h];
-      if (bias != nullptr) v += load_some(bias + j + h * w, some);
+      if (bias != nullptr) v += load_some(bias + column, some);
       if (s.relu) v = v <= 0 ? vec<A>{} : v;
-      store_some(static_cast<T*>(s.c) + (i + k) * s.columns + j + h * w, v, some);
+      put<T>(s, v, i + k, column, some);
     }
+    if constexpr (kSums) store_some(static_cast<T*>(s.column_sums) + column, total_of_b[h], some);
+  }
+}
+
+template <class T, int kRows, class B>
+FASTLLM_INLINE void small_rows(const SmallProduct& s, const B* b, int64_t b_inner, int64_t i, int64_t j, int64_t size) {
+  if (i == 0 && s.column_sums != nullptr)
+    small_tile<T, kRows, true>(s, b, b_inner, i, j, size);
+  else
+    small_tile<T, kRows, false>(s, b, b_inner, i, j, size);
 }
 
 template <class T, class B>
@@ -71,8 +100,9 @@ void small_stripe(const SmallProduct& s, const B* b, int64_t b_inner, int64_t i,
   for (; j < last_column; j += wide, b += wide) {
     const int64_t size = last_column - j < wide ? last_column - j : wide;
     int64_t r = i;
-    for (; r + 8 <= last_row; r += 8) small_tile<T, 8>(s, b, b_inner, r, j, size);
-    for (; r < last_row; ++r) small_tile<T, 1>(s, b, b_inner, r, j, size);
+    for (; r + 8 <= last_row; r += 8) small_rows<T, 8>(s, b, b_inner, r, j, size);
+    for (; r + 4 <= last_row; r += 4) small_rows<T, 4>(s, b, b_inner, r, j, size);
+    for (; r < last_row; ++r) small_rows<T, 1>(s, b, b_inner, r, j, size);
   }
 }
 

@@ -13,14 +13,17 @@ struct SmallProduct {
   int64_t b_inner, b_column;
   const void* bias;  // (columns) or null
   bool relu;
-  void* c;  // (rows, columns) contiguous
+  void* c;  // (rows, columns), element (i, j) at i * c_row + j * c_column
+  int64_t c_row, c_column;
+  void* column_sums;  // (columns): sum of b over inner, or null
   int64_t rows, inner, columns;
 };
 // Which products are taken: few multiply-adds, or a short inner or outer dimension, where a library packs more than it
 // multiplies (measured against MKL and oneDNN on the shapes of the small model, batch 32 to 1024).
-inline bool is_small_product(int64_t rows, int64_t inner, int64_t columns) {
+inline bool is_small_product(int64_t rows, int64_t inner, int64_t columns, bool b_is_turned) {
   const int64_t work = rows * inner * columns;
-  return work <= (int64_t{1} << 18) || (work <= (int64_t{1} << 25) && (inner <= 32 || columns <= 32));
+  const bool skinny = inner <= 32 || columns <= 32 || (rows <= 32 && !b_is_turned);
+  return work <= (int64_t{1} << 18) || (work <= (int64_t{1} << 25) && skinny);
 }
 
 struct LinearReluKernels {

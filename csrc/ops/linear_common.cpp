@@ -44,8 +44,10 @@ OptionalTensor try_onednn_bf16(const Tensor& input, const Tensor& weight, const 
 
 }  // namespace
 
-bool try_small_product(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& bias, bool relu) {
-  if (!cpu::is_small_product(a.size(0), a.size(1), b.size(1))) return false;
+bool try_small_product(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& bias, bool relu,
+                       const Tensor& column_sums) {
+  const bool turned = b.size(1) > 1 && b.stride(1) != 1;
+  if (!cpu::is_small_product(a.size(0), a.size(1), b.size(1), turned)) return false;
   cpu::SmallProduct s{};
   s.dtype = dtype_tag(a);
   s.a = data(a);
@@ -53,10 +55,13 @@ bool try_small_product(const Tensor& c, const Tensor& a, const Tensor& b, const 
   s.a_inner = a.stride(1);
   s.b = data(b);
   s.b_inner = b.stride(0);
-  s.b_column = b.size(1) > 1 ? b.stride(1) : 1;
+  s.b_column = turned ? b.stride(1) : 1;
   s.bias = bias.defined() ? data(bias) : nullptr;
   s.relu = relu;
   s.c = c.mutable_data_ptr();
+  s.c_row = c.stride(0);
+  s.c_column = c.size(1) > 1 ? c.stride(1) : 1;
+  s.column_sums = column_sums.defined() ? column_sums.mutable_data_ptr() : nullptr;
   s.rows = a.size(0);
   s.inner = a.size(1);
   s.columns = b.size(1);
@@ -71,7 +76,7 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTenso
   const Tensor turned = weight.t();
   const DType dtype = dtype_tag(input);
   const auto& kernels = cpu::linear_relu();
-  if (!cpu::is_small_product(rows, input.size(1), columns)) {
+  if (!cpu::is_small_product(rows, input.size(1), columns, true)) {
     if (const OptionalTensor z = try_onednn_bf16(input, weight, bias)) {
       if (relu) kernels.bias_relu(dtype, z->mutable_data_ptr(), nullptr, rows, columns);
       return *z;

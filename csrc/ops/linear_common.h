@@ -12,8 +12,10 @@ void check_linear(const char* op, const char* input_name, const Tensor& input, c
 // input (M, K), weight (N, K): input weight^T + bias, and its ReLU where asked; rounded once.
 Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu);
 
-// c = relu(a b + bias) by our own kernel; false, and nothing done, where a library is faster. c is contiguous.
-bool try_small_product(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& bias, bool relu);
+// c = relu(a b + bias) by our own kernel, and column_sums (columns), if defined, the sum of b over its rows; false, and
+// nothing done, where a library is faster. Any strides.
+bool try_small_product(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& bias, bool relu,
+                       const Tensor& column_sums = Tensor());
 
 // dz = dy where y > 0 (written over dy where `in_place`), and the sum of dz over rows where asked. Without y, dz is dy.
 struct MaskedGradient {

@@ -94,11 +94,12 @@ class Walk {
       rows_.forward(z, first, part(loss, first), whole ? softmax : softmax.narrow(1, 0, x.size(0)),
                     needs_.any() ? z : Tensor(), scale, part(row_scale, first));
       if (needs_.input) multiply(part(g.input, first), z, weight_);
+      if (whole && needs_.weight && try_small_weight_gradient(z, x, &g)) continue;
       if (needs_.weight) add_weight_gradient(z, x, first == 0, !whole);
       if (needs_.bias) add_bias_gradient(z);
     }
-    if (needs_.weight) g.weight = n == 0 ? at::zeros_like(weight_) : finished_weight(dtype);
-    if (needs_.bias) g.bias = finished_bias();
+    if (needs_.weight && !g.weight.defined()) g.weight = n == 0 ? at::zeros_like(weight_) : finished_weight(dtype);
+    if (needs_.bias && !g.bias.defined()) g.bias = finished_bias();
     return g;
   }
 
@@ -112,6 +113,16 @@ class Walk {
     if (bias_.defined())
       cpu::linear_relu().fill_rows(dtype_tag(z), z.mutable_data_ptr(), data(bias_), z.size(0), z.size(1));
     gemm_out(z, x, weight_.t(), bias_.defined() ? 1 : 0);
+  }
+
+  // Short features: the transposed product streams dz along its rows, and sums them for the bias on the way.
+  bool try_small_weight_gradient(const Tensor& dz, const Tensor& x, Gradients* g) const {
+    const Tensor weight = pool::empty(weight_.sizes(), weight_.scalar_type());
+    const Tensor bias = needs_.bias ? at::empty({weight_.size(0)}, weight_.options()) : Tensor();
+    if (!try_small_product(weight.t(), x.t(), dz, Tensor(), false, bias)) return false;
+    g->weight = weight;
+    g->bias = bias;
+    return true;
   }
 
   // One chunk alone goes straight to its dtype: the library rounds its float32 sums once. Several in bfloat16 or
