@@ -64,7 +64,8 @@ def check_against_float64(
     for name, g, t, e in zip(names, [got, *got_grads], [truth, *truth_grads], [eager, *eager_grads], strict=True):
         assert g.shape == e.shape and g.dtype == e.dtype, (name, g.shape, g.dtype, e.shape, e.dtype)
         # A result beyond the dtype's range is infinite for PyTorch too: compare what the dtype can hold.
-        t = torch.where(t.abs() > torch.finfo(dtype).max, t.to(dtype).double(), t.double())
+        t = t.detach().double()
+        t = torch.where(t.abs() > torch.finfo(dtype).max, t.to(dtype).double(), t)
         finite = t[torch.isfinite(t)]
         size = float(finite.abs().max()) if finite.numel() else 0.0
         bound = factor * min(_error(e, t), size if size else float("inf")) + slack * EPSILON[dtype] * size + 1e-45

@@ -54,10 +54,14 @@ def run_sanitized(sanitizer: str, extra: list[str]) -> bool:
     build = ["setup.py", "-q", "build", "--build-lib", str(target), "--build-temp", str(ROOT / "build" / "temp")]
     env = {"FASTLLM_SANITIZE": sanitizer, "FASTLLM_REQUIRE_NATIVE": "1"}
     subprocess.run([sys.executable, *build], cwd=ROOT, env={**os.environ, **env}, check=True)
-    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # libstdc++ beside it: the sanitizer looks for the exception functions before Python has loaded any C++.
+    preload = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
     # Leaks at exit are the interpreter's; the pool is off so that every tensor ends where its allocation ends.
     env = {
-        "LD_PRELOAD": library.stdout.strip(),
+        "LD_PRELOAD": " ".join(preload),
         "ASAN_OPTIONS": "detect_leaks=0",
         "FASTLLM_POOL_LIMIT": "0",
         "PYTHONPATH": str(target),

@@ -1,5 +1,7 @@
 """linear_cross_entropy against float64, every option and dtype."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -7,6 +9,8 @@ from helpers import DTYPES, check_against_float64, run_python
 from operations import cases_of
 
 import fastllm.functional as F
+
+TESTS = str(Path(__file__).resolve().parent)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -22,7 +26,7 @@ def test_error_against_float64(dtype):
 def test_several_chunks(dtype):
     """Chunks of 64 rows, in a process of their own: the size is read once."""
     code = f"""
-import sys; sys.path.insert(0, "tests")
+import sys; sys.path.insert(0, {TESTS!r})
 import torch
 import torch.nn.functional as TF
 import fastllm.functional as F
