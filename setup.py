@@ -162,7 +162,8 @@ class NativeBuild(build_ext):
         torch, cpp_extension = find_torch()
         cxx, cxx_version = find_compiler()
         ninja = find_ninja()
-        build_dir = Path(self.build_temp).absolute() / os.environ.get("FASTLLM_SANITIZE", "release")
+        # In the source tree, whatever directory pip builds in: ninja compiles again only what changed.
+        build_dir = ROOT.absolute() / "build" / "objects" / os.environ.get("FASTLLM_SANITIZE", "release")
         build_dir.mkdir(parents=True, exist_ok=True)
         ninja_file = build_dir / "build.ninja"
         write_ninja(ninja_file, target, cxx, torch, cpp_extension, sysconfig.get_paths()["include"])

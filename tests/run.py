@@ -51,7 +51,7 @@ def run_suite(extra: list[str]) -> bool:
 
 def run_sanitized(sanitizer: str, extra: list[str]) -> bool:
     target = ROOT / "build" / sanitizer
-    build = ["setup.py", "-q", "build", "--build-lib", str(target), "--build-temp", str(ROOT / "build" / "temp")]
+    build = ["setup.py", "-q", "build", "--build-lib", str(target)]
     env = {"FASTLLM_SANITIZE": sanitizer, "FASTLLM_REQUIRE_NATIVE": "1"}
     subprocess.run([sys.executable, *build], cwd=ROOT, env={**os.environ, **env}, check=True)
     # libstdc++ beside it: the sanitizer looks for the exception functions before Python has loaded any C++.

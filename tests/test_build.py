@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OBJECTS = sorted(ROOT.glob("build/temp*/release/*.o"))
+OBJECTS = sorted(ROOT.glob("build/objects/release/*.o"))
 
 
 @pytest.mark.skipif(not OBJECTS or shutil.which("nm") is None, reason="no object files of a build in this tree")
