@@ -2,8 +2,9 @@
 
 ``auto`` takes the fastest backend that serves the tensor at hand, and ``eager`` (plain PyTorch) where none does. A
 backend that was asked for by name serves the call or raises; it is never silently replaced. The exceptions are
-PyTorch's own transforms (``torch.func``, forward-mode derivatives, tensor subclasses): compiled operations cannot be
-traced by them, so the eager definition, which they differentiate, is used under any backend.
+PyTorch's own transforms (``torch.func``, forward-mode derivatives, tensor subclasses such as DTensor in any argument):
+compiled operations cannot be traced by them, so the eager definition, which they differentiate, is used under any
+backend.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 from fastllm import _native
 from fastllm._version import __version__
@@ -28,14 +32,17 @@ class Backend:
     """What a backend serves, and why it is missing where it is."""
 
     name: str
+    operations: frozenset[str]
     device_types: tuple[str, ...]  # empty: every device
     dtypes: frozenset[torch.dtype]  # empty: every dtype
     missing: str | None  # why it cannot be used here, or None
 
-    def refusal(self, tensor: torch.Tensor) -> str | None:
-        """Why this backend cannot serve ``tensor``, or None."""
+    def refusal(self, op: str, tensor: torch.Tensor) -> str | None:
+        """Why this backend cannot serve ``op`` on ``tensor``, or None."""
         if self.missing is not None:
             return self.missing
+        if op not in self.operations:
+            return f"it has no {op}"
         if self.device_types and tensor.device.type not in self.device_types:
             return f"it serves {' and '.join(self.device_types)} tensors, got one on {tensor.device}"
         if self.dtypes and tensor.dtype not in self.dtypes:
@@ -45,11 +52,12 @@ class Backend:
 
 
 _NOT_BUILT = "it is not part of this version of fastllm"
-TABLE = {
-    "cpu": Backend("cpu", ("cpu",), DTYPES, _native.MISSING),
-    "cuda": Backend("cuda", ("cuda",), DTYPES, _NOT_BUILT),
-    "triton": Backend("triton", ("cuda", "xpu"), DTYPES, _NOT_BUILT),
-    "eager": Backend("eager", (), frozenset(), None),
+_ALL = frozenset(OPERATIONS)
+TABLE = {  # in the order in which "auto" asks them
+    "cpu": Backend("cpu", _ALL, ("cpu",), DTYPES, _native.MISSING),
+    "cuda": Backend("cuda", _ALL, ("cuda",), DTYPES, _NOT_BUILT),
+    "triton": Backend("triton", _ALL, ("cuda", "xpu"), DTYPES, _NOT_BUILT),
+    "eager": Backend("eager", _ALL, (), frozenset(), None),
 }
 NAMES = ("auto", *TABLE)
 
@@ -114,21 +122,35 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.name = before
 
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+_PLAIN_OR_NONE = _PLAIN | {type(None)}
 _CPU_READY = TABLE["cpu"].missing is None
+_in_transform = torch._C._are_functorch_transforms_active  # the form that torch.compile traces to the right constant
 
 
-def _is_traced(tensor: object) -> bool:
-    """Fake and functional tensors stand for plain ones: PyTorch's compilers trace the compiled operations with them."""
-    from torch._subclasses.fake_tensor import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
+def _is_traced(op: str, tensor: object) -> bool:
+    """Whether ``tensor`` is fake or functional: PyTorch's compilers trace the compiled operations with such stand-ins.
 
-    return isinstance(tensor, (FakeTensor, FunctionalTensor))
+    Raises
+    ------
+    TypeError
+        It is neither a tensor nor an object that overrides PyTorch's functions.
+    """
+    if isinstance(tensor, torch.Tensor):
+        return isinstance(tensor, (FakeTensor, FunctionalTensor))
+    if hasattr(type(tensor), "__torch_function__"):
+        return False
+    raise TypeError(f"{op}: arguments must be tensors, got one of type {type(tensor).__name__}")
 
 
-def _under_transform() -> bool:
-    """Inside torch.func (grad, vmap, jvp, ...) or forward-mode differentiation."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+def holds_numbers(*tensors: torch.Tensor) -> bool:
+    """Whether values may be looked at without a wait: plain CPU tensors, and nothing traces or transforms the call."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not _in_transform()
+        and all(type(tensor) in _PLAIN and tensor.is_cpu for tensor in tensors)
+    )
 
 
 def native(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
@@ -139,24 +161,35 @@ def native(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
     RuntimeError
         A backend was asked for by name and cannot serve the call.
     TypeError
-        One of the ``others`` is neither a tensor nor None.
+        An argument is neither a tensor nor, among the ``others``, None.
     """
     name = _chosen.name or _default
     if name == "eager":
         return False
-    if not torch.compiler.is_compiling() and type(tensor) not in _PLAIN and not _is_traced(tensor):
-        return False
-    if _under_transform():
+    if type(tensor) not in _PLAIN and not _is_traced(op, tensor):
         return False
     for other in others:
-        if other is not None and not isinstance(other, torch.Tensor):
-            raise TypeError(f"{op}: arguments must be tensors, got one of type {type(other).__name__}")
+        if type(other) not in _PLAIN_OR_NONE and not _is_traced(op, other):
+            return False
+    if _in_transform() or forward_ad._current_level >= 0:
+        return False
     if name == "auto":
         return _CPU_READY and tensor.is_cpu and tensor.dtype in DTYPES
-    reason = TABLE[name].refusal(tensor)
+    reason = TABLE[name].refusal(op, tensor)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {name!r} cannot serve this call: {reason}")
     return True
+
+
+def _server(op: str, device_type: str) -> str:
+    """The backend that ``auto`` takes for ``op`` on floating-point tensors of a device."""
+    return next(
+        name
+        for name, backend in TABLE.items()
+        if backend.missing is None
+        and op in backend.operations
+        and (not backend.device_types or device_type in backend.device_types)
+    )
 
 
 class Info(dict):
@@ -182,10 +215,7 @@ def info() -> Info:
         A ``dict``; ``print(fastllm.info())`` shows it as a table.
     """
     build, extension = _native.BUILD, _native.extension
-    served = {}
-    for op in OPERATIONS:
-        cpu = "cpu (C++)" if _CPU_READY else "eager"
-        served[op] = f"CPU tensors: {cpu}; CUDA tensors: eager"
+    served = {op: f"CPU tensors: {_server(op, 'cpu')}; CUDA tensors: {_server(op, 'cuda')}" for op in OPERATIONS}
     report = Info(
         fastllm=__version__,
         torch=torch.__version__,
@@ -202,5 +232,8 @@ def info() -> Info:
         for name, backend in TABLE.items()
     }
     report["operations"] = served
-    report["gpu"] = "fastllm has no GPU kernels yet: CUDA tensors run on the eager backend, which is plain PyTorch"
+    report["gpu"] = (
+        "CUDA and Triton kernels are not built and have never run on a GPU: "
+        "CUDA tensors run on the eager backend, which is plain PyTorch"
+    )
     return report

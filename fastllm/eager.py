@@ -1,5 +1,8 @@
 """The definition of every operation in plain PyTorch: what the kernels are tested against, and the fallback where no
-kernel serves a tensor. Differentiable any number of times, and by PyTorch's transforms."""
+kernel serves a tensor. Differentiable any number of times, and by PyTorch's transforms.
+
+``inplace_backward`` has no counterpart here: it permits the kernels to overwrite the logits, and this backend leaves
+them as they are."""
 
 from __future__ import annotations
 
@@ -41,7 +44,11 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Ten
     squares = torch.square(input - target) * weight
     if reduction == "none":
         return squares
-    return squares.sum() if reduction == "sum" else squares.sum() / weight.sum()
+    if reduction == "sum":
+        return squares.sum()
+    if reduction == "mean":
+        return squares.sum() / weight.sum()
+    raise ValueError(f"mse_loss: reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
 
 
 def cross_entropy(
@@ -54,10 +61,21 @@ def cross_entropy(
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """``F.cross_entropy`` of ``softcap * tanh(input / softcap)``, plus ``lse_square_scale * logsumexp**2`` a token."""
+    r"""Cross-entropy of capped logits plus the z-loss.
+
+    With :math:`z = x`, or :math:`z = c\tanh(x / c)` under ``softcap`` c, and s = ``lse_square_scale``:
+
+    .. math::
+        \ell_i = \mathrm{CE}(z_i, y_i) + s\,[y_i \ne \text{ignore\_index}]\,\Bigl(\log\sum_c e^{z_{ic}}\Bigr)^2
+
+    ``CE`` is :func:`torch.nn.functional.cross_entropy` with class weights and label smoothing; the z-loss (PaLM,
+    arXiv:2204.02311) is neither weighted nor smoothed. ``mean`` divides the sum of both by what PyTorch divides by:
+    the class weights of the counted targets, or their number without ``weight``; for class probabilities, where every
+    row counts, the number of rows. The z-loss is squared and summed in float32 (float64 for float64).
+    """
     logits = input if softcap is None else softcap * torch.tanh(input / softcap)
     probabilities = target.shape == input.shape
-    if not probabilities and target.dtype == torch.int32:
+    if not probabilities and target.dtype in (torch.int32, torch.uint8):
         target = target.long()
     loss = F.cross_entropy(
         logits, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
@@ -68,17 +86,17 @@ def cross_entropy(
     wide = logits if logits.dtype == torch.float64 else logits.float()
     squares = lse_square_scale * torch.logsumexp(wide, class_dim).square()
     if probabilities:
-        divisor = float(max(squares.numel(), 1))
+        divisor = squares.numel() or 1
     else:
         counted = target != ignore_index
         squares = torch.where(counted, squares, 0.0)
         if weight is None:
             divisor = counted.sum()
         else:
-            divisor = torch.where(counted, weight[torch.where(counted, target, 0)], 0.0).sum()
-    if reduction == "none":
-        return loss + squares.to(loss.dtype)
-    return loss + (squares.sum() if reduction == "sum" else squares.sum() / divisor).to(loss.dtype)
+            divisor = torch.where(counted, weight.to(wide.dtype)[torch.where(counted, target, 0)], 0.0).sum()
+    if reduction != "none":
+        squares = squares.sum() if reduction == "sum" else squares.sum() / divisor
+    return (loss + squares).to(loss.dtype)
 
 
 def linear_cross_entropy(

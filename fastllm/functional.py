@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fastllm import _native, eager
-from fastllm.backends import native
+from fastllm.backends import holds_numbers, native
 
 __all__ = ["cross_entropy", "embedding", "linear_cross_entropy", "linear_relu", "mse_loss", "relu_mlp"]
 
@@ -32,12 +32,32 @@ if _native.extension is not None:
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
-def _reduction_name(op: str, reduction: str, size_average: bool | None, reduce: bool | None) -> str:
+def _reduction_name(op: str, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
+    """One of ``_REDUCTIONS``, from that or from the names and flags that PyTorch has deprecated, with its warnings."""
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        return _reduction.legacy_get_string(size_average, reduce)
+    if reduction == "elementwise_mean":
+        _reduction.get_enum(reduction)
+        return "mean"
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
     return reduction
+
+
+def _check_softcap(op: str, softcap: float) -> None:
+    if not softcap > 0:
+        raise ValueError(f"{op}: softcap must be positive or None, got {softcap}")
+
+
+def _check_ids(input: Tensor, rows: int) -> None:
+    """An id outside the table is found before ``max_norm`` rescales any row in place."""
+    outside = ((input < 0) | (input >= rows)).flatten()
+    if outside.any():
+        position = int(outside.nonzero()[0])
+        raise IndexError(
+            f"embedding: input must hold ids in [0, {rows}), the rows of weight, "
+            f"got {int(input.flatten()[position])} at position {position}"
+        )
 
 
 def embedding(
@@ -87,15 +107,18 @@ def embedding(
     -----
     Signature and semantics of :func:`torch.nn.functional.embedding`.
     """
+    if max_norm is not None and holds_numbers(input, weight) and input.dtype in (torch.int64, torch.int32):
+        _check_ids(input, weight.size(0))
     if not native("embedding", weight, input):
         return eager.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if padding_idx is None:
         padding_idx = -1
     else:
         rows = weight.size(0)
-        if not -rows <= padding_idx < rows:
+        if padding_idx < -rows or 0 < padding_idx >= rows:  # as PyTorch: 0 also for a table of no rows
             raise AssertionError(f"embedding: padding_idx must be in [{-rows}, {rows}), got {padding_idx}")
-        padding_idx %= rows
+        if padding_idx < 0:
+            padding_idx += rows
     if max_norm is not None:
         input = input.contiguous()
         with torch.no_grad():
@@ -212,11 +235,14 @@ def mse_loss(
             "Please ensure they have the same size.",
             stacklevel=2,
         )
+    if size_average is not None or reduce is not None or reduction not in _REDUCTIONS:
+        if weight is not None and reduction == "elementwise_mean" and size_average is None and reduce is None:
+            raise ValueError(
+                "mse_loss: reduction must be one of 'none', 'mean', 'sum' with weight, got 'elementwise_mean'"
+            )
+        reduction = _reduction_name("mse_loss", reduction, size_average, reduce)
     if not native("mse_loss", input, target, weight):
-        if size_average is not None or reduce is not None:
-            reduction = _reduction.legacy_get_string(size_average, reduce)
         return eager.mse_loss(input, target, reduction, weight)
-    reduction = _reduction_name("mse_loss", reduction, size_average, reduce)
     return _mse_loss(input, target, weight, _REDUCTIONS[reduction])
 
 
@@ -262,6 +288,7 @@ def cross_entropy(
     inplace_backward : bool
         Let backward write the gradient over the logits' storage. The logits keep their values until then; a second
         backward through them is a RuntimeError. Logits whose rows are not contiguous in memory are copied first.
+        The eager backend overwrites nothing.
 
     Returns
     -------
@@ -282,13 +309,14 @@ def cross_entropy(
     Signature and semantics of :func:`torch.nn.functional.cross_entropy`. The softmax is taken online, block by block
     (arXiv:1805.02867), and under ``"mean"`` and ``"sum"`` the gradient is formed in the same visit of a row.
     """
+    if size_average is not None or reduce is not None or reduction not in _REDUCTIONS:
+        reduction = _reduction_name("cross_entropy", reduction, size_average, reduce)
+    if softcap is not None:
+        _check_softcap("cross_entropy", softcap)
     if not native("cross_entropy", input, target, weight):
-        if size_average is not None or reduce is not None:
-            reduction = _reduction.legacy_get_string(size_average, reduce)
         return eager.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing, lse_square_scale, softcap
         )
-    reduction = _reduction_name("cross_entropy", reduction, size_average, reduce)
     return _cross_entropy(
         input,
         target,
@@ -319,9 +347,8 @@ def linear_cross_entropy(
 
     Logits exist for a chunk of rows at a time: at most 80 MiB of them, unless the environment variable
     ``FASTLLM_LOSS_WORKSPACE`` gives another number of bytes, and never fewer than 64 rows. In bfloat16 and float16
-    chunks
-    are taken only where they need less memory than all logits at once, because several chunks add the gradient of
-    ``linear_weight`` up in float32.
+    chunks are taken only where they need less memory than all logits at once, because several chunks add the gradient
+    of ``linear_weight`` up in float32.
 
     Parameters
     ----------
@@ -332,7 +359,7 @@ def linear_cross_entropy(
     target : Tensor
         ``(N,)`` class indices, int64 or int32, or ``(N, V)`` class probabilities; without N for ``(D,)`` input.
     linear_bias : Tensor, optional
-        ``(V,)``.
+        ``(V,)``, or ``(V, d1, ...)``.
     weight, reduction, ignore_index, label_smoothing, lse_square_scale, softcap
         As for :func:`cross_entropy`; ``ignore_index=None`` means -100.
 
@@ -343,19 +370,24 @@ def linear_cross_entropy(
 
     Raises
     ------
-    As :func:`cross_entropy`, and RuntimeError for ``input`` that is neither 1-D nor 2-D.
+    As :func:`cross_entropy`, and RuntimeError for ``input`` that is neither 1-D nor 2-D, for ``linear_weight`` or
+    ``linear_bias`` of a shape that does not match, and for an ``ignore_index`` with class probabilities.
 
     Notes
     -----
-    Signature of PyTorch 2.13's ``torch.nn.functional.linear_cross_entropy``.
+    Signature of PyTorch 2.13's ``torch.nn.functional.linear_cross_entropy``, whose ``ignore_index`` is None unless
+    given; here -100 counts as not given.
     """
     op = "linear_cross_entropy"
-    if input.dim() < 1 or input.dim() > 2:
-        raise RuntimeError(f"{op}: input must be 1-D or 2-D, got shape {tuple(input.shape)}")
-    if linear_weight.dim() < 2:
-        raise RuntimeError(f"{op}: linear_weight must be at least 2-D, got shape {tuple(linear_weight.shape)}")
+    _check_linear(input, linear_weight, linear_bias)
+    if reduction not in _REDUCTIONS:
+        reduction = _reduction_name(op, reduction)
+    if softcap is not None:
+        _check_softcap(op, softcap)
     if ignore_index is None:
         ignore_index = -100
+    elif ignore_index != -100 and target.shape == (*input.shape[:-1], *linear_weight.shape[:-1]):
+        raise RuntimeError(f"{op}: ignore_index must be None for class probabilities, got {ignore_index}")
     if linear_weight.dim() > 2:
         logits = _spatial_logits(input, linear_weight, linear_bias)
         return cross_entropy(
@@ -368,8 +400,6 @@ def linear_cross_entropy(
             lse_square_scale=lse_square_scale,
             softcap=softcap,
         )
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
     if not native(op, input, linear_weight, target, linear_bias, weight):
         return eager.linear_cross_entropy(
             input,
@@ -397,17 +427,25 @@ def linear_cross_entropy(
     )
 
 
+def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """The checks that PyTorch's linear_cross_entropy makes in Python, with its exception type."""
+    op, size = "linear_cross_entropy", linear_weight.shape
+    if input.dim() < 1 or input.dim() > 2:
+        raise RuntimeError(f"{op}: input must be 1-D or 2-D, got shape {tuple(input.shape)}")
+    if len(size) < 2:
+        raise RuntimeError(f"{op}: linear_weight must be at least 2-D, got shape {tuple(size)}")
+    if input.shape[-1] != size[-1]:
+        raise RuntimeError(
+            f"{op}: input must be of shape (*, {size[-1]}) for linear_weight {tuple(size)}, got {tuple(input.shape)}"
+        )
+    if linear_bias is not None and linear_bias.shape != size[:-1]:
+        raise RuntimeError(f"{op}: linear_bias must be of shape {tuple(size[:-1])}, got {tuple(linear_bias.shape)}")
+    if len(size) > 2 and input.dim() == 1:
+        raise RuntimeError(f"{op}: input must be 2-D for linear_weight {tuple(size)}, got shape {tuple(input.shape)}")
+
+
 def _spatial_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     """Logits ``(N, V, d1, ...)`` of a K-dimensional loss."""
-    if input.dim() != 2:
-        raise RuntimeError(
-            f"linear_cross_entropy: input must be 2-D for linear_weight {tuple(linear_weight.shape)}, "
-            f"got shape {tuple(input.shape)}"
-        )
-    shape = linear_weight.shape[:-1]
-    if linear_bias is not None and linear_bias.shape != shape:
-        raise RuntimeError(
-            f"linear_cross_entropy: linear_bias must be of shape {tuple(shape)}, got {tuple(linear_bias.shape)}"
-        )
     bias = None if linear_bias is None else linear_bias.flatten()
-    return torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias).unflatten(1, shape)
+    logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias)
+    return logits.unflatten(1, linear_weight.shape[:-1])

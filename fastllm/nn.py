@@ -129,6 +129,11 @@ class LinearCrossEntropyLoss(nn.Module):
         Of the parameters.
     reduction, weight, ignore_index, label_smoothing, lse_square_scale, softcap
         As for :func:`fastllm.functional.linear_cross_entropy`.
+
+    Raises
+    ------
+    RuntimeError
+        ``weight`` of another shape than ``(num_classes,)``, or ``label_smoothing`` outside ``[0, 1]``.
     """
 
     weight: Tensor | None
@@ -148,7 +153,14 @@ class LinearCrossEntropyLoss(nn.Module):
         lse_square_scale: float = 0.0,
         softcap: float | None = None,
     ) -> None:
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(
+                f"LinearCrossEntropyLoss: weight must be of shape ({num_classes},), got {tuple(weight.shape)}"
+            )
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(f"LinearCrossEntropyLoss: label_smoothing must be in [0, 1], got {label_smoothing}")
         super().__init__()
+        self.num_classes = num_classes
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.register_buffer("weight", weight)
         self.reduction = reduction
@@ -170,3 +182,13 @@ class LinearCrossEntropyLoss(nn.Module):
             lse_square_scale=self.lse_square_scale,
             softcap=self.softcap,
         )
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
+            f"bias={self.linear.bias is not None}, reduction={self.reduction}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}"
+        )
+        if self.lse_square_scale != 0:
+            text += f", lse_square_scale={self.lse_square_scale}"
+        return text if self.softcap is None else f"{text}, softcap={self.softcap}"

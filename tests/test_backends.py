@@ -1,5 +1,6 @@
 """The switch, the report, and what happens where the compiled operations are missing."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ from helpers import run_python
 
 import fastllm
 import fastllm.functional as F
+from fastllm import _native
 
 x = torch.randn(3, 4, requires_grad=True)
 t = torch.randn(3, 4)
@@ -83,12 +85,137 @@ def test_a_forced_backend_never_falls_back():
                 F.linear_relu(bad, bad)
 
 
-def test_auto_serves_other_dtypes_and_subclasses_by_the_definition():
-    class Logged(torch.Tensor):
-        pass
+def test_a_backend_that_the_environment_forces_is_refused_at_the_call():
+    code = "import torch, fastllm.functional as F; x = torch.ones(3); F.mse_loss(x, x)"
+    result = run_python(code, {"FASTLLM_BACKEND": "cuda"})
+    assert result.returncode != 0
+    assert "RuntimeError: mse_loss: backend 'cuda' cannot serve this call" in result.stderr
 
-    y = torch.randn(3, 4).as_subclass(Logged)
-    assert type(F.mse_loss(y, t)) is Logged
+
+def test_a_backend_says_which_operation_it_lacks():
+    partial = dataclasses.replace(fastllm.backends.TABLE["cpu"], operations=frozenset({"mse_loss"}))
+    assert partial.refusal("mse_loss", t) is None
+    assert "no embedding" in partial.refusal("embedding", t)
+
+
+ARGUMENTS = {
+    "embedding": lambda: [torch.tensor([0, 2]), torch.randn(3, 4)],
+    "linear_relu": lambda: [torch.randn(3, 4), torch.randn(2, 4), torch.randn(2)],
+    "relu_mlp": lambda: [torch.randn(3, 4), torch.randn(2, 4), torch.randn(2), torch.randn(5, 2), torch.randn(5)],
+    "mse_loss": lambda: [torch.randn(3, 4), torch.randn(3, 4)],
+    "cross_entropy": lambda: [torch.randn(3, 4), torch.tensor([0, 1, 3]), torch.rand(4)],
+    "linear_cross_entropy": lambda: [torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 3])],
+}
+
+
+def traced(function, *arguments, dynamic=None):
+    """Names of the functions in the one graph that torch.compile makes of a call."""
+    names = []
+
+    def look(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=look, fullgraph=True, dynamic=dynamic)(*arguments)
+    return names
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", fastllm.backends.OPERATIONS)
+def test_compiled_code_calls_the_compiled_operation(op, dynamic):
+    ours = f"fastllm.{op}.default"
+    arguments = ARGUMENTS[op]()
+    assert ours in traced(getattr(F, op), *arguments, dynamic=dynamic)
+    with fastllm.use_backend("eager"):
+        assert not any("fastllm" in name for name in traced(getattr(F, op), *arguments, dynamic=dynamic))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_a_compiled_transform_takes_the_definition(transform):
+    def grad(x, t):
+        return torch.func.grad(lambda x: F.mse_loss(x, t))(x)
+
+    def vmap(x, t):
+        return torch.func.vmap(F.mse_loss)(x, t)
+
+    def jvp(x, t):
+        return torch.func.jvp(lambda x: F.mse_loss(x, t), (x,), (t,))[1]
+
+    function = {"grad": grad, "vmap": vmap, "jvp": jvp}[transform]
+    a = x.detach()
+    assert not any("fastllm" in name for name in traced(function, a, t))
+    torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(a, t), function(a, t))
+
+
+def test_compiled_code_follows_the_switch():
+    def inside(x, t):
+        with fastllm.use_backend("eager"):
+            return F.mse_loss(x, t)
+
+    assert not any("fastllm" in name for name in traced(inside, x, t))
+    assert fastllm.backends.get_backend() == "auto"
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, t: F.mse_loss(x, t), backend="eager", fullgraph=True)
+    assert OURS in compiled(x, t).grad_fn.name()
+    with fastllm.use_backend("eager"):
+        assert EAGER in compiled(x, t).grad_fn.name()
+    try:
+        fastllm.set_backend("eager")
+        assert EAGER in compiled(x, t).grad_fn.name()
+    finally:
+        fastllm.set_backend("auto")
+    assert OURS in compiled(x, t).grad_fn.name()
+
+
+class Logged(torch.Tensor):
+    """Records which functions it was given to."""
+
+    seen: list[str] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(getattr(function, "__name__", str(function)))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+POSITIONS = [(op, i) for op, make in ARGUMENTS.items() for i in range(len(make()))]
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+@pytest.mark.parametrize(("op", "position"), POSITIONS)
+def test_a_subclass_in_any_argument_takes_the_definition(op, position, backend):
+    """A subclass that overrides torch.nn.functional sees those calls, and no operation that it cannot know."""
+    arguments = ARGUMENTS[op]()
+    expected = getattr(F, op)(*arguments)
+    arguments[position] = arguments[position].as_subclass(Logged)
+    Logged.seen = []
+    with fastllm.use_backend(backend):
+        output = getattr(F, op)(*arguments)
+    known = {"linear_relu": "linear", "relu_mlp": "linear", "linear_cross_entropy": "cross_entropy"}.get(op, op)
+    assert type(output) is Logged
+    seen = list(Logged.seen)
+    assert known in seen
+    assert not any(name.endswith(".default") for name in seen)
+    torch.testing.assert_close(output.as_subclass(torch.Tensor), expected)
+
+
+def test_fake_tensors_take_the_compiled_operation():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        a = mode.from_tensor(x)
+        assert OURS in F.mse_loss(a, mode.from_tensor(t)).grad_fn.name()
+
+
+def test_arguments_that_are_no_tensors():
+    with pytest.raises(TypeError, match="linear_relu: arguments must be tensors, got one of type list"):
+        F.linear_relu(t, [1.0])
+    with pytest.raises(TypeError, match="linear_relu: arguments must be tensors, got one of type str"):
+        F.linear_relu(t, torch.randn(2, 4), "bias")
+
+
+def test_auto_serves_other_devices_and_dtypes_by_the_definition():
     z = torch.randn(3, 4, dtype=torch.complex64)
     torch.testing.assert_close(F.linear_relu(t.to("meta"), torch.empty(2, 4, device="meta")).shape, torch.Size([3, 2]))
     with pytest.raises(RuntimeError):
@@ -108,6 +235,9 @@ def test_info():
     report = fastllm.info()
     assert report["torch"] == torch.__version__
     assert set(report["operations"]) == set(fastllm.backends.OPERATIONS)
+    for served in report["operations"].values():
+        assert served == "CPU tensors: cpu; CUDA tensors: eager"
+    assert "never run on a GPU" in report["gpu"]
     text = str(report)
     for word in ("instruction_set", "cpu", "cuda", "triton", "eager", "cross_entropy", "GPU"):
         assert word in text
@@ -139,6 +269,24 @@ def test_memory_pool():
             memory.set_pool_limit(-1)
     finally:
         memory.set_pool_limit(limit)
+
+
+@pytest.mark.parametrize(
+    ("built", "running", "same"),
+    [
+        ("2.13.0+cpu", "2.13.0+cpu", True),
+        ("2.13.0+cpu", "2.13.1+cpu", True),
+        ("2.13.0+cpu", "2.12.0+cpu", False),
+        ("2.13.0+cpu", "2.13.0+cu130", False),
+        ("2.13.0", "2.13.0+cpu", False),
+        ("2.1.0+cpu", "2.13.0+cpu", False),
+        ("2.14.0.dev20261101+cpu", "2.14.0.dev20261101+cpu", True),
+        ("2.14.0.dev20261101+cpu", "2.14.0.dev20261102+cpu", False),
+        ("2.14.0a0+gitabc", "2.14.0a0+gitdef", False),
+    ],
+)
+def test_which_torch_may_load_the_extension(built, running, same):
+    assert _native._same_release(built, running) is same
 
 
 BROKEN = """

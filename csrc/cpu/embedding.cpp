@@ -129,6 +129,17 @@ struct Row {
   }
 };
 
+template <class T>
+void fill_zero(T* to, int64_t n, bool streaming) {
+  constexpr int w = lanes<T>;
+  int64_t i = 0;
+  if (streaming) {
+    while (i < n && !aligned(to + i, stream_alignment<T>)) to[i++] = from_acc<T>(0);
+    for (; i + w <= n; i += w) stream(to + i, vec<acc_t<T>>{});
+  }
+  std::memset(to + i, 0, static_cast<size_t>(n - i) * sizeof(T));
+}
+
 int64_t chunks_of(int64_t count) { return (count + kEmbeddingChunk - 1) / kEmbeddingChunk; }
 
 template <class T>
@@ -138,8 +149,8 @@ void write_row(const EmbeddingGradient& g, int64_t v, bool streaming, const acc_
   T* to = static_cast<T*>(g.grad) + v * g.features;
   const Row<T> row{to, streaming && aligned(to, stream_alignment<T>)};
   const int64_t first = g.starts[v], last = g.starts[v + 1];
-  if (first == last || v == g.padding_idx) {
-    for (int64_t c = 0; c < g.features; c += w) row.put(c, vec<A>{}, g.features - c < w ? g.features - c : w);
+  if (v == g.padding_idx) {
+    fill_zero(to, g.features, streaming);
     return;
   }
   const A scale = g.scale_by_frequency ? A(1) / static_cast<A>(last - first) : A(1);
@@ -216,10 +227,18 @@ void backward(const EmbeddingGradient& g) {
   });
   const bool streaming = g.rows * g.features * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   const auto write = [&](int64_t begin, int64_t end) {
-    for (int64_t v = begin; v < end; ++v) {
+    for (int64_t v = begin; v < end;) {
+      int64_t absent = v;  // a run of rows that no id names, zeroed as one stretch
+      while (absent < end && g.starts[absent] == g.starts[absent + 1]) ++absent;
+      if (absent > v) {
+        fill_zero(static_cast<T*>(g.grad) + v * g.features, (absent - v) * g.features, streaming);
+        v = absent;
+        continue;
+      }
       const bool frequent = g.starts[v + 1] - g.starts[v] > kEmbeddingChunk;
       const int64_t k = frequent ? find_chunk(g.chunks, chunks, g.starts[v]) : 0;
       write_row<T>(g, v, streaming, frequent ? partial + k * g.features : nullptr);
+      ++v;
     }
   };
   if ((g.rows + g.count) * g.features < 32768) {
