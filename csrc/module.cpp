@@ -1,16 +1,22 @@
-// fastllm._C: importing it registers the operations; it tells what was built and steers the memory pool.
+// fastllm._C: importing it registers the operations; it tells what was built, and steers the choice of
+// backend and the memory pool.
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
+#include "ops/backend.h"
 #include "ops/gemm.h"
 #include "ops/pool.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "fastllm's compiled operations (torch.ops.fastllm) and memory pool";
+  m.doc() = "fastllm's compiled operations (torch.ops.fastllm), backend switch and memory pool";
   m.def("cpu_capability", [] { return fastllm::cpu::isa_name(fastllm::cpu::current_isa()); });
   m.def("float32_gemm_library", &fastllm::float32_gemm_library);
+  fastllm::backend::declare_namespaces();
+  m.def("current_backend", &fastllm::backend::current);
+  m.def("set_process_backend", &fastllm::backend::set_for_process);
+  m.def("set_thread_backend", &fastllm::backend::set_for_thread);
   m.def("pool_limit", [] { return fastllm::pool::stats().limit; });
   m.def("set_pool_limit", [](int64_t bytes) {
     if (bytes < 0) throw py::value_error("set_pool_limit: bytes must be >= 0, got " + std::to_string(bytes));

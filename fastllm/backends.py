@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fastllm import _native
+from fastllm import _native, triton
 from fastllm._version import __version__
 
 OPERATIONS = ("embedding", "linear_relu", "relu_mlp", "mse_loss", "cross_entropy", "linear_cross_entropy")
@@ -51,15 +51,24 @@ class Backend:
         return None
 
 
-_NOT_BUILT = "it is not part of this version of fastllm"
+def _why_no_cuda() -> str | None:
+    if _native.MISSING is not None:
+        return _native.MISSING
+    if not _native.BUILD["cuda"]:
+        return "the CUDA C++ kernels are not built: that needs nvcc and a CUDA build of torch"
+    return None
+
+
 _ALL = frozenset(OPERATIONS)
 TABLE = {  # in the order in which "auto" asks them
     "cpu": Backend("cpu", _ALL, ("cpu",), DTYPES, _native.MISSING),
-    "cuda": Backend("cuda", _ALL, ("cuda",), DTYPES, _NOT_BUILT),
-    "triton": Backend("triton", _ALL, ("cuda", "xpu"), DTYPES, _NOT_BUILT),
+    "cuda": Backend("cuda", _ALL, ("cuda",), DTYPES, _why_no_cuda()),
+    "triton": Backend("triton", _ALL, triton.DEVICE_TYPES, DTYPES, triton.why_missing()),
     "eager": Backend("eager", _ALL, (), frozenset(), None),
 }
-NAMES = ("auto", *TABLE)
+NAMES = ("auto", *TABLE)  # their numbers in csrc/ops/backend.h
+if TABLE["triton"].missing is None:
+    triton.register()
 
 
 def _checked(name: str, source: str) -> str:
@@ -69,6 +78,8 @@ def _checked(name: str, source: str) -> str:
 
 
 _default = _checked(os.environ.get("FASTLLM_BACKEND", "auto"), "FASTLLM_BACKEND")
+if _native.extension is not None:
+    _native.extension.set_process_backend(NAMES.index(_default))
 
 
 class _Chosen(threading.local):
@@ -105,26 +116,46 @@ def set_backend(name: str) -> None:
     ValueError
         Another name.
     RuntimeError
-        A backend that is not built here; the message says why.
+        A backend that is not built here; the message says why. Or ``"cuda"`` or ``"triton"``, chosen inside code that
+        torch.compile traces: its graph holds operations, and which kernels serve them is asked when they run.
     """
     global _default
     _default = _usable(name, "set_backend")
+    if _native.extension is not None:
+        _native.extension.set_process_backend(NAMES.index(name))
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Use backend ``name`` in this thread within the ``with`` block. Errors as ``set_backend``."""
     before = _chosen.name
-    _chosen.name = _usable(name, "use_backend")
+    _choose(_usable(name, "use_backend"))
     try:
         yield
     finally:
-        _chosen.name = before
+        _choose(before)
+
+
+def _choose(name: str | None) -> None:
+    """The choice of this thread, here and in the compiled operations."""
+    _chosen.name = name
+    if torch.compiler.is_compiling():
+        # Traced code decides here between eager and compiled operations; what serves these, it asks when it runs.
+        if name in ("cuda", "triton"):
+            raise RuntimeError(f"use_backend: choose {name!r} around the call of the compiled function, not inside it")
+    elif _native.extension is not None:
+        _native.extension.set_thread_backend(-1 if name is None else NAMES.index(name))
 
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _CPU_READY = TABLE["cpu"].missing is None
+_ACCELERATORS = frozenset(
+    kind
+    for kind in ("cuda", "xpu")
+    for name in ("cuda", "triton")
+    if not TABLE[name].missing and kind in TABLE[name].device_types
+)  # device types with compiled kernels
 _in_transform = torch._C._are_functorch_transforms_active  # the form that torch.compile traces to the right constant
 
 
@@ -174,7 +205,8 @@ def native(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
     if _in_transform() or forward_ad._current_level >= 0:
         return False
     if name == "auto":
-        return _CPU_READY and tensor.is_cpu and tensor.dtype in DTYPES
+        ready = _CPU_READY if tensor.is_cpu else tensor.device.type in _ACCELERATORS
+        return ready and tensor.dtype in DTYPES
     reason = TABLE[name].refusal(op, tensor)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {name!r} cannot serve this call: {reason}")
@@ -233,7 +265,6 @@ def info() -> Info:
     }
     report["operations"] = served
     report["gpu"] = (
-        "CUDA and Triton kernels are not built and have never run on a GPU: "
-        "CUDA tensors run on the eager backend, which is plain PyTorch"
+        "the Triton kernels are tested in Triton's interpreter and compiled ahead of time; they have not run on a GPU yet"
     )
     return report

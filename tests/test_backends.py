@@ -56,13 +56,26 @@ def test_set_backend():
         fastllm.set_backend("auto")
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_a_backend_that_is_not_there_is_an_error(name):
-    with pytest.raises(RuntimeError, match=name):
-        fastllm.set_backend(name)
-    with pytest.raises(RuntimeError, match=name), fastllm.use_backend(name):
+@pytest.mark.skipif(fastllm.backends.TABLE["cuda"].missing is None, reason="the CUDA backend is built")
+def test_a_backend_that_is_not_there_is_an_error():
+    with pytest.raises(RuntimeError, match="cuda.*nvcc"):
+        fastllm.set_backend("cuda")
+    with pytest.raises(RuntimeError, match="cuda.*nvcc"), fastllm.use_backend("cuda"):
         pass
     assert OURS in node()
+
+
+def test_a_backend_of_another_device_refuses_the_call():
+    code = """
+import torch, fastllm, fastllm.functional as F
+try:
+    with fastllm.use_backend("triton"):
+        F.mse_loss(torch.ones(3), torch.ones(3))
+except RuntimeError as error:
+    print(error)
+"""
+    said = run_python(code, {"TRITON_INTERPRET": "0"}).stdout
+    assert "mse_loss: backend 'triton' cannot" in said or "backend 'triton' cannot be used" in said
 
 
 def test_unknown_names():
@@ -168,6 +181,20 @@ def test_compiled_code_follows_the_switch():
     assert OURS in compiled(x, t).grad_fn.name()
 
 
+def test_compiled_code_does_not_choose_among_kernels():
+    """Its graph holds operations; a choice inside it would be gone when they run."""
+    if fastllm.backends.TABLE["triton"].missing is not None:
+        pytest.skip("no Triton")
+
+    def inside(x, t):
+        with fastllm.use_backend("triton"):
+            return F.mse_loss(x, t)
+
+    with pytest.raises(Exception, match="around the call of the compiled function"):
+        torch.compile(inside, fullgraph=True, backend="eager")(x, t)
+    fastllm.backends._chosen.name = None
+
+
 class Logged(torch.Tensor):
     """Records which functions it was given to."""
 
@@ -236,8 +263,9 @@ def test_info():
     assert report["torch"] == torch.__version__
     assert set(report["operations"]) == set(fastllm.backends.OPERATIONS)
     for served in report["operations"].values():
-        assert served == "CPU tensors: cpu; CUDA tensors: eager"
-    assert "never run on a GPU" in report["gpu"]
+        accelerated = [b for b in ("cuda", "triton") if fastllm.backends.TABLE[b].missing is None]
+        assert served == f"CPU tensors: cpu; CUDA tensors: {accelerated[0] if accelerated else 'eager'}"
+    assert "not run on a GPU" in report["gpu"]
     text = str(report)
     for word in ("instruction_set", "cpu", "cuda", "triton", "eager", "cross_entropy", "GPU"):
         assert word in text

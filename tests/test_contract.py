@@ -216,6 +216,10 @@ def _opcheck_arguments():
         yield ops.linear_cross_entropy, (grad(x), grad(head), y, grad(hb), cw, reduction, *loss)
         yield ops.linear_cross_entropy_forward, (x, head, y, hb, cw, reduction, *loss, True, True, True)
         yield ops.linear_cross_entropy_backward, (g, x, head, y, None, None, reduction, *loss, True, False, True)
+        if reduction != 0:  # a gradient that forward has formed
+            yield ops.cross_entropy_correct_, (g, logits, y, cw, softmax, reduction, *loss, torch.randn(3, 5))
+            yield ops.mse_loss_correct_, (g, x, t, None, reduction, torch.randn(3, 4))
+            yield ops.linear_cross_entropy_scale_, (g, torch.randn(5, 4))
     yield ops.embedding, (ids, grad(head), -1, False, False)
     yield ops.embedding, (ids.view(1, 3), grad(head), 2, True, False)
     yield ops.embedding_forward, (head, ids)

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../cpu/types.h"
+#include "backend.h"
 #include "pool.h"
 
 namespace fastllm {

@@ -58,6 +58,14 @@ void backward_inplace_cpu(const Tensor& grad_output, const Tensor& input, const 
                 softcap, input);
 }
 
+// `grad` holds the gradient for an incoming gradient of 1: it is formed anew for another.
+void correct_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                 const Tensor& softmax, FASTLLM_CE_OPTIONS, const Tensor& grad) {
+  if (grad_output.item<double>() == 1.0) return;
+  backward_into(grad_output, with_unit_stride(input), target, weight, softmax, reduction, ignore_index, label_smoothing,
+                lse_square_scale, softcap, grad);
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                                 FASTLLM_CE_OPTIONS, bool need_grad) {
   const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
@@ -73,6 +81,9 @@ Tensor backward_meta(const Tensor& grad_output, const Tensor& input, const Tenso
   return at::empty_symint(input.sym_sizes(), input.options());
 }
 
+void correct_meta(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                  const Tensor& softmax, FASTLLM_CE_OPTIONS, const Tensor& grad) {}
+
 void backward_inplace_meta(const Tensor& grad_output, const Tensor& input, const Tensor& target,
                            const OptionalTensor& weight, const Tensor& softmax, FASTLLM_CE_OPTIONS) {}
 
@@ -85,13 +96,15 @@ auto plain_op(const char* name) {
 
 // Under `mean` and `sum` the gradient is formed in the forward pass for an incoming gradient of 1. Another incoming
 // gradient, a fake tensor, `none` or inplace_backward forms it in backward from the saved logits and their rows'
-// maximum and sum: never by scaling what was rounded before, which in float16 may have vanished.
+// maximum and sum: never by scaling what was rounded before, which in float16 may have vanished. On a device nothing
+// waits for the incoming gradient's value: a kernel reads it there, and leaves the gradient as it is where it is 1.
 class Node : public torch::autograd::Function<Node> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                         FASTLLM_CE_OPTIONS, bool inplace) {
     static const auto op = plain_op<decltype(forward_cpu)>("fastllm::cross_entropy_forward");
     at::AutoDispatchBelowADInplaceOrView below;
+    backend::save(ctx);
     const bool early = reduction != kNone && !inplace && input.requires_grad() && is_concrete(input, target);
     auto [output, softmax, grad] =
         op.call(input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, early);
@@ -103,6 +116,7 @@ class Node : public torch::autograd::Function<Node> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const backend::Restored restored(ctx);
     const auto integers = ctx->saved_data["integers"].toIntList();
     const auto numbers = ctx->saved_data["numbers"].toDoubleList();
     const int64_t reduction = integers[0], ignore_index = integers[1];
@@ -138,8 +152,11 @@ class Node : public torch::autograd::Function<Node> {
       grads[0] = storage;
       return grads;
     }
-    if (ctx->saved_data.count("grad") && is_concrete(g) && g.item<double>() == 1.0) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    if (ctx->saved_data.count("grad") && is_concrete(g)) {
+      static const auto correct = plain_op<decltype(correct_cpu)>("fastllm::cross_entropy_correct_");
       grads[0] = take_saved(ctx, "grad");
+      correct.call(g, input, target, weight, softmax, reduction, ignore_index, smoothing, z_loss, softcap, grads[0]);
       return grads;
     }
     static const auto op = plain_op<decltype(backward_cpu)>("fastllm::cross_entropy_backward");
@@ -255,6 +272,10 @@ TORCH_LIBRARY_FRAGMENT(fastllm, m) {
       "cross_entropy_backward_(Tensor grad_output, Tensor(a!) input, Tensor target, Tensor? weight, Tensor softmax, "
       "int "
       "reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap) -> ()");
+  m.def(
+      "cross_entropy_correct_(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor softmax, int "
+      "reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap, Tensor(a!) grad) -> "
+      "()");
 }
 TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("cross_entropy", cross_entropy); }
 TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
@@ -262,6 +283,7 @@ TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
   m.impl("cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("cross_entropy_backward_", torch::autograd::autogradNotImplementedFallback());
+  m.impl("cross_entropy_correct_", torch::autograd::autogradNotImplementedFallback());
 }
 TORCH_LIBRARY_IMPL(fastllm, AutocastCPU, m) { m.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CPU>); }
 TORCH_LIBRARY_IMPL(fastllm, AutocastCUDA, m) { m.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CUDA>); }
@@ -269,11 +291,13 @@ TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("cross_entropy_forward", forward_cpu);
   m.impl("cross_entropy_backward", backward_cpu);
   m.impl("cross_entropy_backward_", backward_inplace_cpu);
+  m.impl("cross_entropy_correct_", correct_cpu);
 }
 TORCH_LIBRARY_IMPL(fastllm, Meta, m) {
   m.impl("cross_entropy_forward", forward_meta);
   m.impl("cross_entropy_backward", backward_meta);
   m.impl("cross_entropy_backward_", backward_inplace_meta);
+  m.impl("cross_entropy_correct_", correct_meta);
 }
 
 }  // namespace

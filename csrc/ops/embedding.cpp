@@ -77,6 +77,7 @@ class Node : public torch::autograd::Function<Node> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, int64_t padding_idx,
                         bool scale_grad_by_freq, bool sparse) {
     at::AutoDispatchBelowADInplaceOrView below;
+    backend::save(ctx);
     ctx->save_for_backward({input});
     ctx->saved_data["rows"] = weight.sym_size(0);
     ctx->saved_data["options"] = std::vector<int64_t>{padding_idx, scale_grad_by_freq, sparse};
@@ -84,6 +85,7 @@ class Node : public torch::autograd::Function<Node> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const backend::Restored restored(ctx);
     const Tensor ids = ctx->get_saved_variables()[0];
     const c10::SymInt rows = ctx->saved_data["rows"].toSymInt();
     const auto options = ctx->saved_data["options"].toIntList();

@@ -234,6 +234,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_meta(const Tensor& grad_output, cons
   return gradients_meta(input, linear_weight, need_input, need_weight, need_bias);
 }
 
+void scale_cpu(const Tensor& grad_output, const Tensor& grad) {
+  if (grad_output.item<double>() != 1.0) grad.mul_(grad_output);
+}
+
+void scale_meta(const Tensor& grad_output, const Tensor& grad) {}
+
 auto forward_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastllm::linear_cross_entropy_forward", "")
@@ -256,6 +262,7 @@ class Node : public torch::autograd::Function<Node> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                         const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
     at::AutoDispatchBelowADInplaceOrView below;
+    backend::save(ctx);
     const bool early = reduction != kNone && input.scalar_type() != at::kHalf && !target.requires_grad();
     const bool need_input = input.requires_grad(), need_weight = linear_weight.requires_grad(),
                need_bias = requires_grad(linear_bias);
@@ -273,6 +280,7 @@ class Node : public torch::autograd::Function<Node> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const backend::Restored restored(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const auto integers = ctx->saved_data["integers"].toIntList();
     const auto numbers = ctx->saved_data["numbers"].toDoubleList();
@@ -290,6 +298,7 @@ class Node : public torch::autograd::Function<Node> {
       std::copy(found.begin(), found.end(), grads.begin());
       return grads;
     }
+    at::AutoDispatchBelowADInplaceOrView below;
     if (early) {
       if (need_input) grads[0] = scaled(ctx, "grad_input", g);
       if (need_weight) grads[1] = scaled(ctx, "grad_weight", g);
@@ -313,7 +322,11 @@ class Node : public torch::autograd::Function<Node> {
   static Tensor scaled(AutogradContext* ctx, const char* name, const Tensor& g) {
     if (!is_concrete(g)) return (ctx->saved_data[name].toTensor() * g).to(ctx->saved_data[name].toTensor().dtype());
     const Tensor grad = take_saved(ctx, name);
-    return g.item<double>() == 1.0 ? grad : grad.mul_(g);
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fastllm::linear_cross_entropy_scale_", "")
+                               .typed<decltype(scale_cpu)>();
+    op.call(g, grad);
+    return grad;
   }
 };
 
@@ -400,12 +413,14 @@ TORCH_LIBRARY_FRAGMENT(fastllm, m) {
       "linear_bias, Tensor? weight, int reduction, int ignore_index, float label_smoothing, float lse_square_scale, "
       "float? softcap, bool need_input, bool need_weight, bool need_bias) -> (Tensor grad_input, Tensor grad_weight, "
       "Tensor grad_bias)");
+  m.def("linear_cross_entropy_scale_(Tensor grad_output, Tensor(a!) grad) -> ()");
 }
 TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("linear_cross_entropy", in_input_dtype); }
 TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
   m.impl("linear_cross_entropy", in_input_dtype);
   m.impl("linear_cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("linear_cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("linear_cross_entropy_scale_", torch::autograd::autogradNotImplementedFallback());
 }
 TORCH_LIBRARY_IMPL(fastllm, AutocastCPU, m) {
   m.impl("linear_cross_entropy", linear_cross_entropy_autocast<c10::DeviceType::CPU>);
@@ -416,10 +431,12 @@ TORCH_LIBRARY_IMPL(fastllm, AutocastCUDA, m) {
 TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("linear_cross_entropy_forward", forward_cpu);
   m.impl("linear_cross_entropy_backward", backward_cpu);
+  m.impl("linear_cross_entropy_scale_", scale_cpu);
 }
 TORCH_LIBRARY_IMPL(fastllm, Meta, m) {
   m.impl("linear_cross_entropy_forward", forward_meta);
   m.impl("linear_cross_entropy_backward", backward_meta);
+  m.impl("linear_cross_entropy_scale_", scale_meta);
 }
 
 }  // namespace

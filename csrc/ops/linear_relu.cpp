@@ -50,12 +50,14 @@ class Node : public torch::autograd::Function<Node> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
     at::AutoDispatchBelowADInplaceOrView below;
+    backend::save(ctx);
     const Tensor output = call_forward(input, weight, bias);
     ctx->save_for_backward({input, weight, output, bias.value_or(Tensor())});
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const backend::Restored restored(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const bool need_input = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1),
                need_bias = saved[3].defined() && ctx->needs_input_grad(2);

@@ -50,15 +50,26 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& target
   return {output, grad};
 }
 
-Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                    int64_t reduction) {
-  const Flat flat(input, target, weight);
+void backward_into(const Tensor& grad_output, const Tensor& input, const Flat& flat, int64_t reduction,
+                   const Tensor& grad) {
   const Tensor g = reduction == kNone ? flat.in_order(grad_output.expand_as(input)) : grad_output;
-  Tensor grad = pool::empty_like(flat.input);
   const Tensor partial = flat.partial();
   cpu::mse_loss().backward(dtype_tag(input), data(g), data(flat.input), data(flat.target), flat.weight_data(),
                            grad.mutable_data_ptr(), input.numel(), reduction, partial.mutable_data_ptr());
+}
+
+Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                    int64_t reduction) {
+  const Flat flat(input, target, weight);
+  const Tensor grad = pool::empty_like(flat.input);
+  backward_into(grad_output, input, flat, reduction, grad);
   return grad;
+}
+
+// `grad` holds the gradient for an incoming gradient of 1: it is formed anew for another.
+void correct_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                 int64_t reduction, const Tensor& grad) {
+  if (grad_output.item<double>() != 1.0) backward_into(grad_output, input, {input, target, weight}, reduction, grad);
 }
 
 std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -72,6 +83,9 @@ Tensor backward_meta(const Tensor& grad_output, const Tensor& input, const Tenso
                      int64_t reduction) {
   return at::empty_like(input);
 }
+
+void correct_meta(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                  int64_t reduction, const Tensor& grad) {}
 
 std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                         int64_t reduction, bool need_grad) {
@@ -87,15 +101,24 @@ Tensor call_backward(const Tensor& grad_output, const Tensor& input, const Tenso
   return op.call(grad_output, input, target, weight, reduction);
 }
 
+void call_correct(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                  int64_t reduction, const Tensor& grad) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastllm::mse_loss_correct_", "").typed<decltype(correct_cpu)>();
+  op.call(grad_output, input, target, weight, reduction, grad);
+}
+
 // --- autograd ---------------------------------------------------------------------------------------------------
 
 // Under `mean` and `sum` the gradient is formed in the forward pass, for an incoming gradient of 1; another incoming
-// gradient, a fake tensor or `none` computes it in backward from the saved inputs.
+// gradient, a fake tensor or `none` computes it in backward from the saved inputs. On a device a kernel reads the
+// incoming gradient there, and leaves the gradient as it is where it is 1.
 class Node : public torch::autograd::Function<Node> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                         int64_t reduction) {
     at::AutoDispatchBelowADInplaceOrView below;
+    backend::save(ctx);
     const bool early = reduction != kNone && is_concrete(input, target);
     auto [output, grad] = call_forward(input, target, weight, reduction, early);
     ctx->save_for_backward({input, target, weight.value_or(Tensor())});
@@ -105,6 +128,7 @@ class Node : public torch::autograd::Function<Node> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const backend::Restored restored(ctx);
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &target = saved[1];
     const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
@@ -115,11 +139,15 @@ class Node : public torch::autograd::Function<Node> {
                                  {input, target}, {need_input, need_target}, grad_outputs[0]);
       return {grads[0], grads[1], Tensor(), Tensor()};
     }
+    const Tensor& g = grad_outputs[0];
     Tensor grad;
-    if (ctx->saved_data.count("grad") && is_concrete(grad_outputs[0]) && grad_outputs[0].item<double>() == 1.0)
+    at::AutoDispatchBelowADInplaceOrView below;
+    if (ctx->saved_data.count("grad") && is_concrete(g)) {
       grad = take_saved(ctx, "grad");
-    else
-      grad = call_backward(grad_outputs[0], input, target, weight, reduction);
+      call_correct(g, input, target, weight, reduction, grad);
+    } else {
+      grad = call_backward(g, input, target, weight, reduction);
+    }
     return {need_input ? grad : Tensor(), need_target ? grad.neg() : Tensor(), Tensor(), Tensor()};
   }
 };
@@ -168,22 +196,28 @@ TORCH_LIBRARY_FRAGMENT(fastllm, m) {
       "mse_loss_forward(Tensor input, Tensor target, Tensor? weight, int reduction, bool need_grad) -> (Tensor output, "
       "Tensor grad)");
   m.def("mse_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, int reduction) -> Tensor");
+  m.def(
+      "mse_loss_correct_(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, int reduction, Tensor(a!) "
+      "grad) -> ()");
 }
 TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("mse_loss", mse_loss); }
 TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
   m.impl("mse_loss", mse_loss);
   m.impl("mse_loss_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("mse_loss_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("mse_loss_correct_", torch::autograd::autogradNotImplementedFallback());
 }
 TORCH_LIBRARY_IMPL(fastllm, AutocastCPU, m) { m.impl("mse_loss", mse_loss_autocast<c10::DeviceType::CPU>); }
 TORCH_LIBRARY_IMPL(fastllm, AutocastCUDA, m) { m.impl("mse_loss", mse_loss_autocast<c10::DeviceType::CUDA>); }
 TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("mse_loss_forward", forward_cpu);
   m.impl("mse_loss_backward", backward_cpu);
+  m.impl("mse_loss_correct_", correct_cpu);
 }
 TORCH_LIBRARY_IMPL(fastllm, Meta, m) {
   m.impl("mse_loss_forward", forward_meta);
   m.impl("mse_loss_backward", backward_meta);
+  m.impl("mse_loss_correct_", correct_meta);
 }
 
 }  // namespace

@@ -67,12 +67,14 @@ class Node : public torch::autograd::Function<Node> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
                         const Tensor& weight2, const OptionalTensor& bias2) {
     at::AutoDispatchBelowADInplaceOrView below;
+    backend::save(ctx);
     const auto [output, hidden] = call_forward(input, weight1, bias1, weight2, bias2);
     ctx->save_for_backward({input, weight1, bias1.value_or(Tensor()), weight2, bias2.value_or(Tensor()), hidden});
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const backend::Restored restored(ctx);
     const variable_list saved = ctx->get_saved_variables();
     std::vector<bool> need(5);
     size_t edge = 0;  // an absent bias has no edge in the graph

@@ -1,0 +1,37 @@
+// Which backend serves the plain operations (`*_forward`, `*_backward`, ...) on tensors of an accelerator.
+//
+// Every backend registers kernels under the plain operations' names in a namespace of its own: `fastllm_cuda` (C++) and
+// `fastllm_triton` (Python). On CUDA and XPU tensors the operations of `fastllm` are one boxed function that passes the
+// call on to the chosen namespace.
+#pragma once
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cstdint>
+
+namespace fastllm::backend {
+
+enum Choice : int64_t { kAuto = 0, kCpu = 1, kCuda = 2, kTriton = 3, kEager = 4 };  // fastllm.backends.NAMES
+
+// This thread's choice, or the process's where the thread has none (-1).
+int64_t current();
+void set_for_process(int64_t choice);
+void set_for_thread(int64_t choice);
+
+// Declares every plain operation in the backends' namespaces. Once, when the module is imported.
+void declare_namespaces();
+
+// A backward pass runs in threads of the autograd engine: it takes the backend of its forward pass along.
+void save(torch::autograd::AutogradContext* ctx);
+
+class Restored {
+ public:
+  explicit Restored(torch::autograd::AutogradContext* ctx);
+  ~Restored();
+  Restored(const Restored&) = delete;
+  Restored& operator=(const Restored&) = delete;
+
+ private:
+  int64_t before_;
+};
+
+}  // namespace fastllm::backend
