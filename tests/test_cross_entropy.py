@@ -105,7 +105,8 @@ def test_confident_rows_keep_their_gradient():
     x = torch.tensor([[12.0, 0.0, 0.0]], dtype=torch.bfloat16)
     _, grad = gradient(F.cross_entropy, x, torch.tensor([0]))
     expected = gradient(TF.cross_entropy, x.double(), torch.tensor([0]))[1]
-    torch.testing.assert_close(grad.double(), expected, rtol=1e-2, atol=0)
+    # float32 leaves 2^-24 / 1.2e-5 = 0.5% for each rounding of a number near 1.
+    torch.testing.assert_close(grad.double(), expected, rtol=3e-2, atol=0)
 
 
 def test_float16_under_a_loss_scale():

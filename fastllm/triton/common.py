@@ -1,0 +1,86 @@
+"""What the launchers share: the launch itself, accumulators, a device's size, and the list for ahead-of-time tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastllm.triton import INTERPRETED
+
+ACCUMULATORS = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+CHECKED = INTERPRETED or os.environ.get("FASTLLM_CHECK") == "1"
+# Assertions on ids and targets stay in the kernels; arithmetic is not watched for overflow.
+ASSERTING = {"debug": True, "sanitize_overflow": False}
+
+
+def constant(dtype: torch.dtype) -> tl.dtype:
+    """The accumulator of a dtype, as a kernel's constant."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def launch(kernel, grid: tuple[int, ...], tensor: Tensor, *args, **options) -> None:
+    """Run a kernel on the device of ``tensor``, whichever device is current; an empty grid runs nothing."""
+    if 0 in grid:
+        return
+    if INTERPRETED:
+        for name in ("num_warps", "num_stages", *ASSERTING):
+            options.pop(name, None)
+        guard = contextlib.nullcontext()
+    else:
+        guard = torch.get_device_module(tensor.device).device(tensor.device)
+    with guard:
+        kernel[grid](*args, **options)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a device runs side by side at the least."""
+    if device.type == "cpu":
+        return 3  # the interpreter's: few, so that every program loops
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+
+
+def check_indices(op: str, name: str, indices: Tensor, bound: int, ignore_index: int | None = None) -> None:
+    """IndexError that names an index outside ``[0, bound)``: with ``FASTLLM_CHECK=1``, for it waits for the device."""
+    if not CHECKED:
+        return
+    outside = (indices < 0) | (indices >= bound)
+    if ignore_index is not None:
+        outside &= indices != ignore_index
+    if outside.any():
+        position = int(outside.flatten().nonzero()[0])
+        allowed = f"[0, {bound})" + ("" if ignore_index is None else f" or ignore_index {ignore_index}")
+        raise IndexError(f"{op}: {name} must be in {allowed}, got {int(indices.flatten()[position])} at position {position}")
+
+
+@dataclass
+class Compilation:
+    """One specialization of a kernel that a launcher would run: what the ahead-of-time tests compile.
+
+    ``signature`` gives Triton's type of every argument that is not a constant; ``aligned`` names the pointers and
+    sizes that are divisible by 16. ``tensor_cores``: its matrix instructions must be in the code.
+    """
+
+    kernel: triton.runtime.JITFunction
+    signature: dict[str, str]
+    constants: dict[str, object]
+    options: dict[str, object] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
+    tensor_cores: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.strip("_")
