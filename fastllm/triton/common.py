@@ -1,14 +1,12 @@
-"""What the launchers share: the launch itself, accumulators, a device's size, and the list for ahead-of-time tests."""
+"""What the launchers share: the launch itself, accumulators, a device's size, checks of indices."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -63,24 +61,6 @@ def check_indices(op: str, name: str, indices: Tensor, bound: int, ignore_index:
     if outside.any():
         position = int(outside.flatten().nonzero()[0])
         allowed = f"[0, {bound})" + ("" if ignore_index is None else f" or ignore_index {ignore_index}")
-        raise IndexError(f"{op}: {name} must be in {allowed}, got {int(indices.flatten()[position])} at position {position}")
-
-
-@dataclass
-class Compilation:
-    """One specialization of a kernel that a launcher would run: what the ahead-of-time tests compile.
-
-    ``signature`` gives Triton's type of every argument that is not a constant; ``aligned`` names the pointers and
-    sizes that are divisible by 16. ``tensor_cores``: its matrix instructions must be in the code.
-    """
-
-    kernel: triton.runtime.JITFunction
-    signature: dict[str, str]
-    constants: dict[str, object]
-    options: dict[str, object] = field(default_factory=dict)
-    aligned: tuple[str, ...] = ()
-    tensor_cores: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.kernel.__name__.strip("_")
+        raise IndexError(
+            f"{op}: {name} must be in {allowed}, got {int(indices.flatten()[position])} at position {position}"
+        )

@@ -123,11 +123,13 @@ def _write_gradient(logits_row, grad_row, q_row, weight, head, groups, classes, 
                     scale, softcap, GROUPS: tl.constexpr, VEC: tl.constexpr, BYTES: tl.constexpr,
                     PROBABILITIES: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTHED: tl.constexpr,
                     SOFTCAP: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    columns, mask = _edge_columns(head, groups, classes, VEC)
-    x = _logits(logits_row + columns, mask, softcap, SOFTCAP, ACC)
-    share = _shares(columns, mask, q_row, weight, even, y_share, y, PROBABILITIES, WEIGHTED, SMOOTHED, ACC)
-    d = _gradient(x, top, log_sum, pull, share, scale, softcap, SOFTCAP)
-    tl.store(grad_row + columns, d.to(grad_row.dtype.element_ty), mask=mask)
+    edge_columns, edge_mask = _edge_columns(head, groups, classes, VEC)
+    x_edge = _logits(logits_row + edge_columns, edge_mask, softcap, SOFTCAP, ACC)
+    edge_share = _shares(
+        edge_columns, edge_mask, q_row, weight, even, y_share, y, PROBABILITIES, WEIGHTED, SMOOTHED, ACC
+    )
+    d_edge = _gradient(x_edge, top, log_sum, pull, edge_share, scale, softcap, SOFTCAP)
+    tl.store(grad_row + edge_columns, d_edge.to(grad_row.dtype.element_ty), mask=edge_mask)
     for first in tl.range(0, groups, GROUPS):
         columns, mask = _group_columns(first, head, groups, GROUPS, VEC)
         x = _logits(_aligned(logits_row, head, first, GROUPS, VEC, BYTES), mask, softcap, SOFTCAP, ACC)
@@ -216,9 +218,9 @@ def _forward(
     even = smoothing / classes
     y_share = 1 - smoothing
     if PROBABILITIES or SMOOTHED:
-        share = _shares(columns, mask, q_row, weight, even, y_share, y, PROBABILITIES, WEIGHTED, SMOOTHED, ACC)
-        value = tl.sum(tl.where(mask, share * (top - x_edge + log_sum), 0.0), 0)
-        shares = tl.sum(share, 0)
+        edge_share = _shares(columns, mask, q_row, weight, even, y_share, y, PROBABILITIES, WEIGHTED, SMOOTHED, ACC)
+        value = tl.sum(tl.where(mask, edge_share * (top - x_edge + log_sum), 0.0), 0)
+        shares = tl.sum(edge_share, 0)
         for first in tl.range(0, groups, GROUPS):
             c, m = _group_columns(first, head, groups, GROUPS, VEC)
             z = _logits(_aligned(logits_row, head, first, GROUPS, VEC, BYTES), m, softcap, SOFTCAP, ACC)
@@ -366,7 +368,7 @@ class RowLoss:
             return torch.full((), rows, dtype=self.acc, device=self.target.device)
         divisor = torch.empty((), dtype=self.acc, device=self.target.device)
         launch(_divisor, (1,), divisor, self.target, self.weight, divisor, rows, self.ignore_index,
-               WEIGHTED=self.weight is not None, ACC=constant(self.acc), BLOCK=4096, num_warps=8)  # fmt: skip
+               WEIGHTED=self.weight is not None, ACC=constant(self.acc), BLOCK=4096, num_warps=16)  # fmt: skip
         return divisor
 
     def _shared(self, logits: Tensor, grad: Tensor, first: int) -> tuple[tuple, tuple, dict]:
@@ -383,7 +385,7 @@ class RowLoss:
         constants = dict(
             GROUPS=max(tile // vec, 1), VEC=vec, BYTES=vec * item, PROBABILITIES=self.probabilities,
             WEIGHTED=self.weight is not None, SMOOTHED=self.smoothing > 0, SOFTCAP=self.softcap is not None,
-            ACC=constant(self.acc), num_warps=_warps(tile), **ASSERTING,
+            ACC=constant(self.acc), num_warps=_warps(tile * item), **ASSERTING,
         )  # fmt: skip
         return rows, options, constants
 
@@ -412,7 +414,7 @@ class RowLoss:
             return loss.to(dtype)
         output = torch.empty((), dtype=dtype, device=loss.device)
         launch(_reduce, (1,), loss, loss, self.divisor, output, loss.size(0), ACC=constant(self.acc), BLOCK=4096,
-               num_warps=8)  # fmt: skip
+               num_warps=16)  # fmt: skip
         return output
 
 
@@ -420,9 +422,9 @@ def _stride(incoming: Tensor | None) -> tuple[int]:
     return (0 if incoming is None or incoming.dim() == 0 else incoming.stride(0),)
 
 
-def _warps(tile: int) -> int:
-    """32 items a thread, at most 16 warps."""
-    return min(max(tile // 1024, 4), 16)
+def _warps(tile_bytes: int) -> int:
+    """64 bytes a thread, at most 16 warps."""
+    return min(max(tile_bytes // 2048, 4), 16)
 
 
 def _walkable(logits: Tensor) -> Tensor:

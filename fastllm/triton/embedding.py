@@ -90,9 +90,7 @@ def _sum_rows(grad_output, order, starts, partial, grad, features, padding_idx, 
         total = _sum_positions(total, grad_output, order, first, last, column, features, POSITIONS, ACC)
         if BY_FREQUENCY:
             total = total / occurrences.to(ACC)
-    tl.store(
-        grad + row.to(tl.int64) * features + column, total.to(grad.dtype.element_ty), mask=column < features
-    )
+    tl.store(grad + row.to(tl.int64) * features + column, total.to(grad.dtype.element_ty), mask=column < features)
 
 
 def _tile(features: int) -> tuple[int, int]:

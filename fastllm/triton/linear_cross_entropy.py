@@ -67,13 +67,14 @@ def _walk(input, linear_weight, linear_bias, rows: RowLoss, incoming, needs) -> 
     dtype, acc = input.dtype, ACCUMULATORS[input.dtype]
     chunk = chunk_rows(n, classes, input.element_size())
     one = chunk >= n
-    none = input.new_empty(0)
     loss = input.new_empty(n, dtype=acc)
     softmax = input.new_empty(2, min(chunk, n), dtype=acc)
     buffer = input.new_empty(min(chunk, n), classes)
-    grad_input = torch.empty_like(input, memory_format=torch.contiguous_format) if need_input else none
-    grad_weight = input.new_zeros(linear_weight.shape, dtype=dtype if one else acc) if need_weight else none
-    grad_bias = input.new_zeros(classes, dtype=acc) if need_bias else none
+    grad_input = torch.empty_like(input, memory_format=torch.contiguous_format) if need_input else input.new_empty(0)
+    grad_weight = (
+        input.new_zeros(linear_weight.shape, dtype=dtype if one else acc) if need_weight else input.new_empty(0)
+    )
+    grad_bias = input.new_zeros(classes, dtype=acc) if need_bias else input.new_empty(0)
     for first in range(0, n, chunk):
         x = input[first : first + chunk]
         z = buffer[: x.size(0)]

@@ -87,8 +87,7 @@ def _divisor(input: Tensor, weight: Tensor | None, reduction: int) -> Tensor | N
 
 def _run(input, target, weight, reduction, output, grad, incoming, correct=False) -> None:
     """One pass: the loss into ``output`` and the gradient into ``grad``, each unless it is None."""
-    like = torch.empty_like(input) if grad is None and output is None else (grad if grad is not None else output)
-    like = like if like.dim() == input.dim() else torch.empty_like(input)
+    like = input if input.is_contiguous() else torch.empty_like(input)
     x, t, w = (_in_order(tensor, like) for tensor in (input, target, weight))
     if reduction == NONE and incoming is not None:
         incoming = _in_order(incoming.expand(input.shape), like)
