@@ -7,6 +7,7 @@ it: a read or write outside a tensor ends the run. Further arguments go to pytes
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,6 +23,11 @@ KERNEL_TESTS = [
     "test_mse_loss.py",
     "test_relu_mlp.py",
 ]
+# What the interpreter is too slow for, where a smaller test or another dtype shows the same.
+SMALL_ENOUGH = (
+    "not torch.float16 and not large and not loss_scale and not never_held and not thread_count and not repeats "
+    "and not moduleinfo and not (test_linear_cross_entropy and (torch.float32 or torch.float64))"
+)
 
 
 def run_pytest(title: str, arguments: list[str], env: dict[str, str], cwd: Path = ROOT) -> bool:
@@ -46,7 +52,20 @@ def run_suite(extra: list[str]) -> bool:
     for capability in other_instruction_sets():
         env = {"ATEN_CPU_CAPABILITY": capability}
         ok &= run_pytest(f"kernels with ATEN_CPU_CAPABILITY={capability}", [*files, "-k", "not compile", *extra], env)
-    return ok
+    return ok & run_interpreted(extra)
+
+
+def run_interpreted(extra: list[str]) -> bool:
+    """The contract on the Triton backend, in Triton's interpreter: a thread a time, so large shapes are left out."""
+    if importlib.util.find_spec("triton") is None:
+        print("\n=== Triton is not installed: its kernels are not tested", flush=True)
+        return True
+    # One variable chooses the interpreter, the other makes the backend the default of every test.
+    env = {"TRITON_INTERPRET": "1", "FASTLLM_BACKEND": "triton"}
+    files = [
+        str(Path("tests") / name) for name in [*KERNEL_TESTS, "test_contract.py", "test_triton.py", "test_opinfo.py"]
+    ]
+    return run_pytest("all kernels in Triton's interpreter", [*files, "-k", SMALL_ENOUGH, *extra], env)
 
 
 def run_sanitized(sanitizer: str, extra: list[str]) -> bool:

@@ -20,8 +20,7 @@ from torch import Tensor
 from fastllm.triton.common import ACCUMULATORS, ASSERTING, check_indices, constant, launch
 
 NONE, MEAN = 0, 1
-TILE_BYTES = 32768  # of one row in flight: 32 registers of float32 a thread at 16 warps
-ONE_TILE_BYTES = 32768  # a row up to this size is read once
+TILE_BYTES = 32768  # of one row in flight, at 16 warps; a row up to this size is read once
 
 
 @triton.jit
@@ -359,7 +358,8 @@ class RowLoss:
         self.softcap = softcap
         self.divisor = None
         if not self.probabilities:
-            check_indices(op, "target", self.target, classes, ignore_index)
+            expected = f"target must be in [0, {classes}) or ignore_index {ignore_index}"
+            check_indices(op, expected, self.target, classes, ignore_index)
         if reduction == MEAN:
             self.divisor = self._divisor(target.size(0))
 
@@ -378,14 +378,17 @@ class RowLoss:
         # One walk serves both tensors only where their rows start at the same distance from a boundary.
         if (logits.data_ptr() - grad.data_ptr()) % 16 or (logits.stride(0) - grad.stride(0)) % vec:
             vec = 1
-        tile = triton.next_power_of_2(max(min(self.classes, TILE_BYTES // item), 16))
+        # Softcap, shares and weights keep more in registers for each item: a quarter of a tile, no loads ahead.
+        plain = not (self.probabilities or self.smoothing or self.softcap or self.weight is not None)
+        most = TILE_BYTES if plain else TILE_BYTES // 4
+        tile = triton.next_power_of_2(max(min(self.classes, most // item), 16))
         target = self.target[first : first + logits.size(0)]
         rows = (logits, logits.stride(0), logits.data_ptr() % 16 // item, target, self.weight, self.weight_sum)
         options = (self.classes, self.ignore_index, self.smoothing, self.lse_square_scale, self.softcap or 1.0)
         constants = dict(
             GROUPS=max(tile // vec, 1), VEC=vec, BYTES=vec * item, PROBABILITIES=self.probabilities,
             WEIGHTED=self.weight is not None, SMOOTHED=self.smoothing > 0, SOFTCAP=self.softcap is not None,
-            ACC=constant(self.acc), num_warps=_warps(tile * item), **ASSERTING,
+            ACC=constant(self.acc), num_warps=4 if tile * item < most else 16, num_stages=3 if plain else 1, **ASSERTING,
         )  # fmt: skip
         return rows, options, constants
 
@@ -397,7 +400,7 @@ class RowLoss:
         launch(
             _forward, (logits.size(0),), logits, *rows, loss, softmax[0], softmax[1], target, target.stride(0),
             incoming, *_stride(incoming), self.divisor, *options,
-            ONE_TILE=self.classes * logits.element_size() <= ONE_TILE_BYTES, GRAD=grad is not None, **constants,
+            ONE_TILE=self.classes <= constants["GROUPS"] * constants["VEC"], GRAD=grad is not None, **constants,
         )  # fmt: skip
 
     def backward(self, logits: Tensor, softmax: Tensor, grad: Tensor, incoming: Tensor, correct: bool = False) -> None:
@@ -420,11 +423,6 @@ class RowLoss:
 
 def _stride(incoming: Tensor | None) -> tuple[int]:
     return (0 if incoming is None or incoming.dim() == 0 else incoming.stride(0),)
-
-
-def _warps(tile_bytes: int) -> int:
-    """64 bytes a thread, at most 16 warps."""
-    return min(max(tile_bytes // 2048, 4), 16)
 
 
 def _walkable(logits: Tensor) -> Tensor:

@@ -99,11 +99,15 @@ def _tile(features: int) -> tuple[int, int]:
     return width, max(min(TILE // width, 64), 1)
 
 
+def _check(ids: Tensor, rows: int) -> None:
+    check_indices("embedding", f"input must hold ids in [0, {rows}), the rows of weight", ids, rows)
+
+
 def forward(weight: Tensor, input: Tensor) -> Tensor:
     """Rows (*, D) of the table (V, D)."""
     table, ids = weight.contiguous(), input.contiguous()
     rows, features = table.shape
-    check_indices("embedding", "input", ids, rows)
+    _check(ids, rows)
     output = table.new_empty(*ids.shape, features)
     width, together = _tile(features)
     launch(_gather, (triton.cdiv(ids.numel(), together), triton.cdiv(features, width)), table, table, ids, output,
@@ -115,7 +119,7 @@ def backward(grad_output: Tensor, input: Tensor, rows: int, padding_idx: int, sc
     """Gradient (V, D) of the table."""
     source = grad_output.contiguous()
     features, count = source.size(-1), input.numel()
-    check_indices("embedding", "input", input, rows)
+    _check(input, rows)
     grad = source.new_empty(rows, features)
     if count == 0:
         return grad.zero_()

@@ -1,0 +1,123 @@
+"""What only the Triton backend has: the contract itself is tests/run.py's run of all kernel tests in the interpreter."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+import torch.nn.functional as TF
+
+import fastllm
+import fastllm.functional as F
+from fastllm import triton
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def chosen():
+    with fastllm.use_backend("triton"):
+        yield
+
+
+def test_every_plain_operation_has_a_launcher():
+    schemas = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastllm_triton::")}
+    assert schemas == set(triton.LAUNCHERS)
+
+
+def test_the_kernels_serve_the_call(monkeypatch):
+    from fastllm.triton import mse_loss
+
+    calls = []
+    launch = mse_loss.launch
+    monkeypatch.setattr(mse_loss, "launch", lambda kernel, *a, **k: (calls.append(kernel), launch(kernel, *a, **k)))
+    x = torch.randn(5, requires_grad=True)
+    loss = F.mse_loss(x, torch.zeros(5))
+    with fastllm.use_backend("cpu"):  # backward keeps the backend of its forward
+        loss.backward()
+    assert len(calls) == 3
+    with fastllm.use_backend("cpu"):
+        F.mse_loss(x, torch.zeros(5))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("scale", [1.0, -2.5])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_incoming_gradient_is_read_on_the_device(reduction, scale):
+    """Two backwards agree, whatever the incoming gradient: what forward has formed is never scaled where it is kept."""
+    x, y = torch.randn(4, 7, requires_grad=True), torch.tensor([1, -100, 6, 0])
+    h, w = torch.randn(4, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    for ours, theirs, leaf in (
+        (lambda: F.cross_entropy(x, y, reduction=reduction), lambda: TF.cross_entropy(x, y, reduction=reduction), x),
+        (lambda: F.mse_loss(x, x.detach() + 1, reduction=reduction),
+         lambda: TF.mse_loss(x, x.detach() + 1, reduction=reduction), x),
+        (lambda: F.linear_cross_entropy(h, w, y, reduction=reduction),
+         lambda: TF.cross_entropy(h @ w.t(), y, reduction=reduction), w),
+    ):  # fmt: skip
+        loss = ours() * scale
+        first = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+        assert torch.equal(first, torch.autograd.grad(loss, leaf)[0])
+        torch.testing.assert_close(first, torch.autograd.grad(theirs() * scale, leaf)[0])
+
+
+def test_offsets_beyond_32_bits():
+    """Rows more than 2^31 items apart; the pages between them are never touched."""
+    far = torch.empty(2**31 + 4096, dtype=torch.bfloat16)
+    x = far.as_strided((2, 40), (2**31, 1))
+    x.copy_(torch.randn(2, 40))
+    y = torch.tensor([3, 39])
+    torch.testing.assert_close(F.cross_entropy(x, y), TF.cross_entropy(x.clone(), y), rtol=2e-2, atol=2e-2)
+    w = torch.randn(8, 40).bfloat16()
+    torch.testing.assert_close(F.linear_relu(x, w), torch.relu(x.clone() @ w.t()), rtol=2e-2, atol=2e-2)
+    table = far[: 2**31 + 2048].view(-1, 2048)
+    table[-1].copy_(torch.randn(2048))
+    assert torch.equal(F.embedding(torch.tensor([table.size(0) - 1]), table)[0], table[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", range(8))
+def test_rows_at_every_distance_from_a_boundary(dtype, offset):
+    """Row starts, and gradients beside them, that are and are not at the same distance from 16 bytes."""
+    storage = torch.randn(offset + 3 * 50 + 50).to(dtype)
+    x = storage[offset:].as_strided((3, 37), (50, 1)).requires_grad_()
+    y = torch.tensor([36, 0, 17])
+    theirs = x.detach().double().requires_grad_()
+    TF.cross_entropy(theirs, y).backward()
+    grad = torch.autograd.grad(F.cross_entropy(x, y), x)[0]
+    tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_frequent_ids_by_chunks():
+    """Segments that start and end inside, at and across the chunks that are summed ahead."""
+    from fastllm.triton.embedding import CHUNK
+
+    counts = [1, CHUNK - 1, CHUNK, CHUNK + 1, 0, 3 * CHUNK, 2, 5 * CHUNK + 7]
+    ids = torch.cat([torch.full((n,), i) for i, n in enumerate(counts)])
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    weight = torch.randn(len(counts), 5, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(len(ids), 5, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad(f(ids, weight), weight, g)[0] for f in (F.embedding, TF.embedding))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_chunk_rows(monkeypatch):
+    from fastllm.triton.linear_cross_entropy import chunk_rows
+
+    monkeypatch.delenv("FASTLLM_LOSS_WORKSPACE", raising=False)
+    assert chunk_rows(0, 10, 2) == 1 and chunk_rows(4096, 10, 2) == 4096
+    assert chunk_rows(8192, 128256, 2) == 4096 and chunk_rows(4100, 10, 2) == 2112
+    monkeypatch.setenv("FASTLLM_LOSS_WORKSPACE", str(1000 * 10 * 2))
+    assert chunk_rows(8192, 10, 2) == 960
+    monkeypatch.setenv("FASTLLM_LOSS_WORKSPACE", "many")
+    with pytest.raises(ValueError, match="'many'"):
+        chunk_rows(8192, 10, 2)
+
+
+def test_a_full_table_for_an_unknown_generation(monkeypatch):
+    from fastllm.triton import gemm
+
+    for kind in (("cuda", 12), ("hip", 11), ("xpu", 0)):
+        monkeypatch.setattr(gemm, "target", lambda device, k=kind: k)
+        assert gemm.tiles(torch.device("cpu"), 4096, True, False) in [t["plain"] for t in gemm.TILES.values()]

@@ -1,0 +1,65 @@
+"""The Triton kernels compiled for GPUs that are not here, and their launchers watched for waits."""
+
+import os
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+
+import triton_aot  # noqa: E402
+
+WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "bincount", "_unique2", "unique_dim"}
+
+
+@pytest.mark.parametrize("target", triton_aot.TARGETS)
+def test_no_spills_and_matrix_instructions(target):
+    results = list(triton_aot.compile_all([target], [torch.bfloat16, torch.float32]))
+    assert not [r.failure for r in results if r.failure]
+    assert {r.kernel for r in results} >= {"forward", "backward", "matmul", "mask", "mse", "sum_rows", "gather"}
+    rows = [r for r in results if r.kernel == "forward"]
+    assert all(r.widest_load == "128 bit" for r in rows), [(r.case, r.widest_load) for r in rows]
+
+
+def test_a_spill_and_a_missing_instruction_fail():
+    """A tile too large for its warps, and a product that is not one."""
+    launches = []
+    for _, call in triton_aot.cases(torch.bfloat16):
+        with triton_aot.Recorder(("cuda", 9)) as recorder:
+            call()
+        launches += [x for x in recorder.launches if x.kernel.__name__ == "_matmul"]
+    crowded = launches[0]
+    crowded.options["num_warps"] = 1
+    assert "spilled" in triton_aot.compile_launch(crowded, "one warp", "sm_90").failure
+    result = triton_aot.compile_launch(launches[1], "as launched", "sm_90")
+    result.matrix = False
+    assert "no wgmma" in result.failure
+
+
+class Waits(TorchDispatchMode):
+    """Fails at an operation that would make the host wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in WAITS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_launchers_never_wait(dtype, monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("a tensor was copied to the host")
+
+    for name in ("cpu", "tolist", "numpy", "__array__"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    for _, call in triton_aot.cases(dtype):
+        with triton_aot.Recorder(("cuda", 9)) as recorder, Waits():
+            call()
+        assert recorder.launches
+
+
+def test_the_watch_sees_a_wait():
+    with pytest.raises(AssertionError, match="waits"), Waits():
+        torch.ones(()).item()
