@@ -15,6 +15,20 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
 
+import triton as language  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from fastllm.triton.cross_entropy import _row_start  # noqa: E402
+
+
+@language.jit
+def _starts(out, stride, base, classes, VEC: tl.constexpr):
+    row = tl.program_id(0)
+    start, head, groups = _row_start(row, stride, base, classes, VEC)
+    tl.store(out + row * 2, head)
+    tl.store(out + row * 2 + 1, groups)
+
+
 @pytest.fixture(autouse=True)
 def chosen():
     with fastllm.use_backend("triton"):
@@ -89,11 +103,23 @@ def test_rows_at_every_distance_from_a_boundary(dtype, offset):
     torch.testing.assert_close(grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)
 
 
-def test_frequent_ids_by_chunks():
+@pytest.mark.parametrize("vec", [2, 4, 8])
+def test_groups_start_at_a_boundary(vec):
+    """What the compiler is told of the pointers is true: on a GPU a misaligned wide load is an error."""
+    for stride, base, classes in ((37, 0, 37), (37, 1, 30), (40, vec - 1, 40), (5, 1, 3), (1, 0, 1)):
+        out = torch.zeros(9, 2, dtype=torch.int32)
+        _starts[(9,)](out, stride, base, classes, vec)
+        for row, (head, groups) in enumerate(out.tolist()):
+            assert head == min((-(base + row * stride)) % vec, classes)
+            assert groups == (classes - head) // vec
+
+
+@pytest.mark.parametrize("shift", [0, 1, -1, 5])
+def test_frequent_ids_by_chunks(shift):
     """Segments that start and end inside, at and across the chunks that are summed ahead."""
     from fastllm.triton.embedding import CHUNK
 
-    counts = [1, CHUNK - 1, CHUNK, CHUNK + 1, 0, 3 * CHUNK, 2, 5 * CHUNK + 7]
+    counts = [2 * CHUNK + shift, 1, CHUNK - 1, CHUNK, CHUNK + 1, 0, 3 * CHUNK, 2, 5 * CHUNK + 7]
     ids = torch.cat([torch.full((n,), i) for i, n in enumerate(counts)])
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
     weight = torch.randn(len(counts), 5, dtype=torch.float64, requires_grad=True)
