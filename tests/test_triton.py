@@ -128,6 +128,38 @@ def test_frequent_ids_by_chunks(shift):
     torch.testing.assert_close(ours, theirs)
 
 
+def test_tiles_are_timed_once_and_kept(monkeypatch, tmp_path):
+    from fastllm.triton import gemm, tuning
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuning._table.cache_clear()
+    entry = tuning.key("gpu", torch.bfloat16, 1000, 64, 32, "turned ")
+    assert entry == tuning.key("gpu", torch.bfloat16, 1024, 64, 32, "turned ")
+    assert tuning.tuned(entry) is None
+    times = {tile: 2.0 + i for i, tile in enumerate(tuning.CANDIDATES)} | {tuning.CANDIDATES[4]: 1.0}
+
+    def run(tile):
+        if tile == tuning.CANDIDATES[0]:
+            raise language.runtime.errors.OutOfResources(300000, 232448, "shared memory")
+        return times[tile]
+
+    assert tuning.tune(entry, run, lambda call: call()) == tuning.CANDIDATES[4]
+    tuning._table.cache_clear()
+    assert tuning.tuned(entry) == tuning.CANDIDATES[4]
+    # An entry decides the tile of a product.
+    x, w = torch.randn(40, 16).bfloat16(), torch.randn(24, 16).bfloat16()
+    expected, launched = torch.relu(x @ w.t()), []
+    launch = gemm.launch
+    monkeypatch.setattr(gemm, "launch", lambda *a, **k: (launched.append((k["M"], k["N"], k["K"])), launch(*a, **k)))
+    tuning._table()[tuning.key("cpu", torch.bfloat16, 40, 24, 16, "turned tma")] = [64, 16, 32, 2, 4]
+    torch.testing.assert_close(F.linear_relu(x, w), expected, rtol=2e-2, atol=2e-2)
+    assert launched == [(64, 16, 32)]
+    tuning.table_file().write_text("not a table")
+    tuning._table.cache_clear()
+    F.linear_relu(x, w)
+    assert launched[1] == gemm.TILES["cpu", 0]["small"][:3]
+
+
 def test_chunk_rows(monkeypatch):
     from fastllm.triton.linear_cross_entropy import chunk_rows
 

@@ -12,13 +12,15 @@ float32 and float64 products stay with PyTorch's library, whose settings for TF3
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastllm.triton import INTERPRETED
+from fastllm.triton import INTERPRETED, tuning
 from fastllm.triton.common import launch, multiprocessors
 
 GROUP_ROWS = 8  # tile rows whose tiles are in flight together
@@ -109,7 +111,7 @@ def target(device: torch.device) -> tuple[str, int]:
     return "hip" if torch.version.hip else "cuda", torch.cuda.get_device_capability(device)[0]
 
 
-def tiles(device: torch.device, rows: int, descriptors: bool, masked: bool) -> tuple[int, int, int, int, int]:
+def tiles(device: torch.device, rows: int, descriptors: bool, masked: bool) -> tuning.Tile:
     """Tile, stages and warps for a device and a product."""
     kind, major = target(device)
     table = TILES.get((kind, major)) or TILES[("hip", 9) if kind == "hip" else ("cuda", 8)]
@@ -123,6 +125,11 @@ def _operand(dtype: torch.dtype) -> tl.dtype:
     if INTERPRETED:
         return tl.float32
     return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+
+
+@lru_cache
+def _name(device: torch.device) -> str:
+    return torch.get_device_module(device).get_device_name(device) if device.type != "cpu" else "cpu"
 
 
 def _describable(tensor: Tensor) -> bool:
@@ -156,17 +163,29 @@ def product(a: Tensor, b: Tensor, *, turned: bool, bias: Tensor | None = None, r
     columns = b.size(0) if turned else b.size(1)
     c = a.new_empty(rows, columns)
     descriptors = _describable(a) and _describable(b)
-    m, n, k, stages, warps = tiles(a.device, rows, descriptors, hidden is not None)
-    row_tiles, column_tiles = triton.cdiv(rows, m), triton.cdiv(columns, n)
-    column_sums = a.new_empty(row_tiles, columns, dtype=torch.float32) if sums else None
-    left, right = a, b
-    if descriptors:
-        left = TensorDescriptor.from_tensor(a, [m, k])
-        right = TensorDescriptor.from_tensor(b, [n, k] if turned else [k, n])
-    launch(
-        _matmul, (min(row_tiles * column_tiles, multiprocessors(a.device)),), a, left, right, c, bias, hidden,
-        column_sums, rows, columns, inner, a.stride(0), b.stride(0), DESCRIPTORS=descriptors, B_TURNED=turned,
-        BIAS=bias is not None, RELU=relu, MASK=hidden is not None, SUMS=sums, OPERAND=_operand(a.dtype), M=m, N=n, K=k,
-        GROUP=GROUP_ROWS, num_stages=stages, num_warps=warps,
-    )  # fmt: skip
+    column_sums = None
+
+    def run(tile: tuning.Tile) -> None:
+        nonlocal column_sums
+        m, n, k, stages, warps = tile
+        row_tiles, column_tiles = triton.cdiv(rows, m), triton.cdiv(columns, n)
+        if sums:
+            column_sums = a.new_empty(row_tiles, columns, dtype=torch.float32)
+        left, right = a, b
+        if descriptors:
+            left = TensorDescriptor.from_tensor(a, [m, k])
+            right = TensorDescriptor.from_tensor(b, [n, k] if turned else [k, n])
+        launch(
+            _matmul, (min(row_tiles * column_tiles, multiprocessors(a.device)),), a, left, right, c, bias, hidden,
+            column_sums, rows, columns, inner, a.stride(0), b.stride(0), DESCRIPTORS=descriptors, B_TURNED=turned,
+            BIAS=bias is not None, RELU=relu, MASK=hidden is not None, SUMS=sums, OPERAND=_operand(a.dtype), M=m, N=n,
+            K=k, GROUP=GROUP_ROWS, num_stages=stages, num_warps=warps,
+        )  # fmt: skip
+
+    kind = ("turned " if turned else "") + ("masked " if hidden is not None else "") + ("tma" if descriptors else "")
+    entry = tuning.key(_name(a.device), a.dtype, rows, columns, inner, kind)
+    tile = tuning.tuned(entry)
+    if tile is None and tuning.asked() and not INTERPRETED:
+        tile = tuning.tune(entry, run, triton.testing.do_bench)
+    run(tile or tiles(a.device, rows, descriptors, hidden is not None))
     return c, column_sums.sum(0) if sums else None
