@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
 
-.PHONY: demo test check test-asan bench bench-quick readme-benchmarks clean
+.PHONY: demo test check test-asan bench bench-quick readme-benchmarks gpu-check clean
 
 demo: .venv/built
 	$(VENV_PYTHON) -m fastllm train --compare-eager
@@ -25,6 +25,10 @@ bench-quick: .venv/built
 
 readme-benchmarks: .venv/built
 	$(VENV_PYTHON) benchmarks/readme.py
+
+# On a machine with a GPU, in the environment of PYTHON: nothing is installed. OUT is the folder of the reports.
+gpu-check:
+	$(PYTHON) tests/gpu_check.py $(if $(OUT),--out $(OUT))
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

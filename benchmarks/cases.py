@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as TF
@@ -34,6 +34,8 @@ class Case:
     flops: int = 0
     repeats: int = 10
     reset: Callable[[], None] | None = None  # restores what a variant overwrites
+    peers: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # further variants
+    incoming: Tensor | None = None  # the incoming gradient, where the output is not a scalar
 
     @property
     def name(self) -> str:
@@ -70,6 +72,8 @@ def cross_entropy(n: int, v: int, dtype: str, target: float | None, in_place: bo
 def linear_cross_entropy(n: int, d: int, v: int, dtype: str, target: float | None) -> Case:
     x, w = _leaf(n, d, dtype=DTYPES[dtype]), _leaf(v, d, dtype=DTYPES[dtype], scale=d**-0.5)
     y = torch.randint(0, v, (n,))
+    own = getattr(TF, "linear_cross_entropy", None)  # PyTorch 2.13's, in chunks of its own choice
+    peers = {} if own is None else {"torch's own": lambda: own(x, w, y)}
     return Case(
         "linear_cross_entropy",
         f"{n}, {d} -> {v}",
@@ -80,6 +84,7 @@ def linear_cross_entropy(n: int, d: int, v: int, dtype: str, target: float | Non
         target,
         flops=6 * n * d * v,  # three products
         repeats=3,
+        peers=peers,
     )
 
 
@@ -110,6 +115,7 @@ def embedding(n: int, v: int, d: int, dtype: str, target: float | None, ids: str
         [w],
         target,
         bytes=(3 * n * d + v * d) * w.element_size(),  # rows gathered, their gradients read, the table written
+        incoming=torch.randn(n, d),
         repeats=12 if v * d > 10**6 else 300,
     )
 
@@ -126,6 +132,7 @@ def linear_relu(m: int, k: int, n: int, dtype: str, target: float | None) -> Cas
         [x, w, b],
         target,
         flops=6 * m * k * n,
+        incoming=torch.randn(m, n),
         repeats=6 if m * k * n > 10**8 else 500,
     )
 
@@ -143,6 +150,7 @@ def relu_mlp(m: int, k: int, h: int, dtype: str, target: float | None) -> Case:
         [x, w1, b1, w2, b2],
         target,
         flops=12 * m * k * h,
+        incoming=torch.randn(m, k),
         repeats=5,
     )
 
@@ -171,7 +179,8 @@ def small_model(batch: int, target: float | None) -> Case:
 
 
 # Constructors, so that a case's tensors live only while it runs.
-CASES: list[tuple[str, Callable[[], Case]]] = [
+Constructors = list[tuple[str, Callable[[], Case]]]
+CPU_CASES: Constructors = [
     ("cross_entropy", lambda: cross_entropy(2048, 50257, "fp32", 5.5)),
     ("cross_entropy", lambda: cross_entropy(2048, 50257, "fp32", 10.0, in_place=True)),
     ("cross_entropy", lambda: cross_entropy(2048, 50257, "bf16", 5.5)),
@@ -195,3 +204,23 @@ CASES: list[tuple[str, Callable[[], Case]]] = [
     ("model", lambda: small_model(128, 2.0)),
     ("model", lambda: small_model(1024, 2.5)),
 ]
+
+# Shapes of GPT-2 (768, 50257), Llama (4096, 14336, 128256) and Gemma (vocabulary 262144).
+CUDA_CASES: Constructors = [
+    ("cross_entropy", lambda: cross_entropy(8192, 50257, "bf16", None)),
+    ("cross_entropy", lambda: cross_entropy(8192, 128256, "bf16", 3.5)),
+    ("cross_entropy", lambda: cross_entropy(8192, 128256, "fp32", 3.5)),
+    ("cross_entropy", lambda: cross_entropy(4096, 262144, "bf16", 3.2)),
+    ("linear_cross_entropy", lambda: linear_cross_entropy(8192, 4096, 128256, "bf16", 1.08)),
+    ("linear_cross_entropy", lambda: linear_cross_entropy(8192, 768, 50257, "bf16", None)),
+    ("mse_loss", lambda: mse_loss(2**28, "fp32", 2.1)),
+    ("mse_loss", lambda: mse_loss(2**28, "bf16", 2.1)),
+    ("embedding", lambda: embedding(16384, 128256, 4096, "bf16", 1.4)),
+    ("embedding", lambda: embedding(16384, 128256, 4096, "bf16", 1.4, "uniform")),
+    ("linear_relu", lambda: linear_relu(8192, 768, 3072, "bf16", 1.12)),
+    ("linear_relu", lambda: linear_relu(8192, 4096, 16384, "bf16", 1.03)),
+    ("relu_mlp", lambda: relu_mlp(8192, 768, 3072, "bf16", 1.15)),
+    ("relu_mlp", lambda: relu_mlp(8192, 4096, 16384, "bf16", 1.035)),
+    ("model", lambda: small_model(128, None)),
+]
+CASES = {"cpu": CPU_CASES, "cuda": CUDA_CASES}

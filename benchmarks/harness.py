@@ -11,39 +11,67 @@ from pathlib import Path
 import torch
 from cases import Case
 
-
-def _run(case: Case, function: Callable) -> float:
-    start = time.perf_counter()
-    function().backward(_run.incoming) if _run.incoming is not None else function().backward()
-    return time.perf_counter() - start
+import fastllm.functional as F
 
 
-_run.incoming = None
+class Stopwatch:
+    """Seconds of a call: on CUDA by events, after a write over twice the L2 cache, so that inputs come from memory."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        self.flush = torch.empty(2**25, device=device) if self.cuda else None
+
+    def __call__(self, function: Callable) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush.zero_()
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
 
-def clear(case: Case) -> None:
+def prepare(case: Case) -> None:
+    """No gradients, and inputs as they were."""
     for leaf in case.leaves:
         leaf.grad = None
+    if case.reset is not None:
+        case.reset()
 
 
-def measure(case: Case, repeats: int | None = None) -> dict:
-    """Seconds of forward and backward, the two variants in alternation: minimum, median, 20th and 80th percentile."""
-    probe = case.ours()
-    _run.incoming = None if probe.dim() == 0 else torch.randn_like(probe)
-    del probe
-    times: dict[str, list[float]] = {"eager": [], "fastllm": []}
-    variants = {"eager": case.eager, "fastllm": case.ours}
-    for round_ in range((repeats or case.repeats) + 1):
+def step(case: Case, function: Callable) -> None:
+    """Forward and backward."""
+    output = function()
+    output.backward(None if output.dim() == 0 else case.incoming.to(output.dtype))
+
+
+def measure(case: Case, variants: dict[str, Callable], device: str, repeats: int) -> dict:
+    """Seconds of forward and backward, the variants in alternation: minimum, median, 20th and 80th percentile.
+
+    A variant that fails is reported by the first line of its error instead.
+    """
+    stopwatch, times, failed = Stopwatch(device), {name: [] for name in variants}, {}
+    for round_ in range(repeats + 1):
         for name, function in variants.items():
-            clear(case)
-            if case.reset is not None:
-                case.reset()
-            seconds = _run(case, function)
+            if name in failed:
+                continue
+            prepare(case)
+            try:
+                seconds = stopwatch(lambda f=function: step(case, f))
+            except Exception as error:  # a peer's failure is a result
+                failed[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                continue
             if round_ > 0:  # the first of each warms up
                 times[name].append(seconds)
-    clear(case)
-    result = {}
+    prepare(case)
+    result = {name: {"failed": reason} for name, reason in failed.items()}
     for name, t in times.items():
+        if name in failed:
+            continue
         t.sort()
         result[name] = {
             "min": t[0],
@@ -58,14 +86,20 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def extra_peak(case: Case, function: Callable) -> int:
-    """Bytes by which the process's resident memory grows, at most, during one forward and backward."""
+def extra_peak(case: Case, function: Callable, device: str) -> int:
+    """Bytes by which memory grows, at most, during one forward and backward: resident, or allocated on CUDA."""
     from fastllm import memory
 
-    clear(case)
-    if case.reset is not None:
-        case.reset()
+    prepare(case)
     memory.empty_pool()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(case, function)
+        peak = torch.cuda.max_memory_allocated()
+        prepare(case)
+        return peak - before
     before = peak = _resident()
     stop = threading.Event()
 
@@ -77,59 +111,55 @@ def extra_peak(case: Case, function: Callable) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    _run(case, function)
+    step(case, function)
     stop.set()
     watcher.join()
     peak = max(peak, _resident())
-    clear(case)
+    prepare(case)
     return peak - before
 
 
-def errors(case: Case) -> dict[str, float]:
+def errors(case: Case, variants: dict[str, Callable]) -> dict[str, float]:
     """Largest error of the gradients, relative to the largest gradient, against eager PyTorch in float64."""
-    result = {}
-    for name, function in (("eager", case.eager), ("fastllm", case.ours)):
-        clear(case)
-        if case.reset is not None:
-            case.reset()
-        _run(case, function)
-        result[name] = [leaf.grad.detach().clone() for leaf in case.leaves]
-    clear(case)
-    if case.reset is not None:
-        case.reset()
+    grads = {}
+    for name, function in variants.items():
+        prepare(case)
+        step(case, function)
+        grads[name] = [leaf.grad.detach().clone() for leaf in case.leaves]
+    prepare(case)
     low = [leaf.data for leaf in case.leaves]
-    incoming, _run.incoming = _run.incoming, None if _run.incoming is None else _run.incoming.double()
     for leaf in case.leaves:
         leaf.data = leaf.data.double()
-    _run(case, case.eager)
+    step(case, case.eager)
     truth = [leaf.grad for leaf in case.leaves]
-    _run.incoming = incoming
     for leaf, data in zip(case.leaves, low, strict=True):
         leaf.grad = None
         leaf.data = data
-    worst = {}
-    for name, grads in result.items():
-        worst[name] = max(
+    return {
+        name: max(
             float((g.double() - t).abs().max() / t.abs().max().clamp(min=1e-300))
-            for g, t in zip(grads, truth, strict=True)
+            for g, t in zip(found, truth, strict=True)
         )
-    return worst
+        for name, found in grads.items()
+    }
 
 
-def machine_limits() -> dict[str, float]:
-    """What this machine reaches now: bytes a second copying and changing in place, FLOPs a second of products."""
+def machine_limits(device: str) -> dict[str, float]:
+    """What this machine reaches now: bytes a second copying and in place, FLOPs a second of PyTorch's or our products."""
+    stopwatch = Stopwatch(device)
 
-    def best(function: Callable, repeats: int = 5) -> float:
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            function()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
+    def best(function: Callable) -> float:
+        return min(stopwatch(function) for _ in range(5))
 
-    a, b = torch.randn(2**26), torch.empty(2**26)
-    limits = {"copy": 2 * a.nbytes / best(lambda: b.copy_(a)), "in_place": 2 * a.nbytes / best(lambda: a.mul_(1.0001))}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        x, y = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-        limits[f"gemm_{name}"] = 2 * 2048**3 / best(lambda x=x, y=y: x @ y)
+    side, items = (8192, 2**28) if device == "cuda" else (2048, 2**26)
+    with torch.device(device):
+        a, b = torch.randn(items), torch.empty(items)
+        limits = {
+            "copy": 2 * a.nbytes / best(lambda: b.copy_(a)),
+            "in_place": 2 * a.nbytes / best(lambda: a.mul_(1.01)),
+        }
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            x, y = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
+            seconds = min(best(lambda x=x, y=y: x @ y), best(lambda x=x, y=y: F.linear_relu(x, y)))
+            limits[f"gemm_{name}"] = 2 * side**3 / seconds
     return limits

@@ -33,7 +33,7 @@ def _run(function: Callable, inputs: Sequence, dtype: torch.dtype | None, seed: 
     generator = torch.Generator().manual_seed(seed)
     # Drawn in the inputs' own dtype, so that every run differentiates with the same incoming gradient.
     low = next(v.dtype for v in inputs if isinstance(v, torch.Tensor) and v.is_floating_point())
-    incoming = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(low).to(output)
+    incoming = torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu").to(low).to(output)
     return output, list(torch.autograd.grad(output, wanted, incoming))
 
 
