@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
 
-.PHONY: demo test check test-asan bench bench-quick readme-benchmarks gpu-check clean
+.PHONY: demo test check test-asan bench bench-quick plots readme-benchmarks gpu-check clean
 
 demo: .venv/built
 	$(VENV_PYTHON) -m fastllm train --compare-eager
@@ -19,6 +19,10 @@ test-asan: .venv/installed
 
 bench: .venv/built
 	$(VENV_PYTHON) benchmarks/run.py --device cpu
+
+plots: .venv/built
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	$(VENV_PYTHON) benchmarks/plots.py benchmarks/results/cpu
 
 bench-quick: .venv/built
 	$(VENV_PYTHON) benchmarks/run.py --device cpu --quick

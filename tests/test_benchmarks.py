@@ -15,7 +15,7 @@ def readme(monkeypatch):
     import readme
 
     yield readme
-    for name in ("readme", "run", "cases"):
+    for name in ("readme", "run", "cases", "compare", "plots"):
         sys.modules.pop(name, None)
 
 
@@ -25,3 +25,67 @@ def test_readme_shows_the_committed_results(readme):
     assert readme.with_table(text, report) == text
     assert len(report["cases"]) == len(sys.modules["cases"].CASES["cpu"])
     assert not any("failed" in case for case in report["cases"])
+
+
+def _report(**cases):
+    """Results of cases with the given medians in seconds, a tenth of noise around each; None for a failure."""
+    return {
+        "machine": {"processor": "p", "device": "cpu", "threads": 2, "torch": "2.13.0", "date": "2026-01-01"},
+        "peers": ["compile"],
+        "cases": [
+            {
+                "op": name,
+                "shape": "4 x 4",
+                "dtype": "fp32",
+                "seconds": {
+                    "eager": {"min": 2.0},
+                    "compile": {"failed": "no compiler"},
+                    "fastllm": {"failed": "why"}
+                    if median is None
+                    else {"min": 0.9 * median, "p20": 0.95 * median, "median": median, "p80": 1.05 * median},
+                },
+            }
+            for name, median in cases.items()
+        ],
+    }
+
+
+def test_compare_tells_what_moved_beyond_its_noise(readme, tmp_path, capsys):
+    import compare
+
+    old = _report(same=1.0, noisy=1.0, slower=1.0, faster=1.0, breaks=1.0, gone=1.0)
+    new = _report(same=1.0, noisy=1.08, slower=1.3, faster=0.5, breaks=None, new=1.0)
+    lines = {name.split()[0]: (text, worse) for name, text, worse in compare.moved(old, new, 0.05)}
+    assert set(lines) == {"slower", "faster", "breaks", "gone", "new"}
+    assert lines["slower"] == ("1e+03 -> 1.3e+03 ms, 1.30 times", True) and not lines["faster"][1]
+    assert lines["breaks"] == ("fails now", True)
+    files = [tmp_path / "old.json", tmp_path / "new.json"]
+    for file, report in zip(files, (old, new), strict=True):
+        file.write_text(json.dumps(report))
+    assert compare.main([str(f) for f in files]) == 1
+    assert "SLOWER: slower 4 x 4 fp32" in capsys.readouterr().out
+    assert compare.main([str(files[0]), str(files[0])]) == 0
+    assert "nothing moved" in capsys.readouterr().out
+
+
+def test_plot_shows_every_case(readme):
+    pytest.importorskip("matplotlib")
+    import plots
+
+    report = _report(a=1.0, b=4.0, c=None)
+    names, values = plots.speedups(report)
+    assert len(names) == 3 and values == {"fastllm": [2 / 0.9, 2 / 3.6, None]}
+    figure = plots.draw(report)
+    assert len(figure.axes[0].patches) == 2
+    widths = [patch.get_width() for patch in figure.axes[0].patches]
+    assert widths == pytest.approx([2 / 0.9 - 1, 2 / 3.6 - 1])
+
+
+def test_a_failed_peer_is_a_line(readme):
+    report = _report(a=1.0)
+    report["machine"] |= {"instruction_set": "AVX2", "float32_gemm": "oneDNN", "commit": "x"}
+    report["machine"]["limits"] = {"copy": 1e9, "in_place": 1e9, "gemm_fp32": 1e9, "gemm_bf16": 1e9}
+    report["warm_malloc"] = {}
+    report["cases"][0] |= {"bytes": 100, "flops": 0, "target": 3.0}
+    text = sys.modules["run"].table(report)
+    assert "failed: no compiler" in text and "3 (missed)" in text
