@@ -85,7 +85,8 @@ if _native.extension is not None:
 class _Chosen(threading.local):
     """The backend of a ``use_backend`` block in this thread; None outside of one."""
 
-    name: str | None = None
+    def __init__(self) -> None:  # runs in every thread; torch.compile before 2.13 would read a class attribute instead
+        self.name: str | None = None
 
 
 _chosen = _Chosen()
