@@ -55,7 +55,7 @@ def draw(report: dict):
     axes.minorticks_off()
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("times as fast as eager PyTorch, forward and backward (minima)")
     machine = report["machine"]
     where = machine["device"] if machine["device"] != "cpu" else f"{machine['processor']}, {machine['threads']} threads"

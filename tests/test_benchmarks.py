@@ -23,6 +23,9 @@ def test_readme_shows_the_committed_results(readme):
     report = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "results.json").read_text())
     text = (ROOT / "README.md").read_text()
     assert readme.with_table(text, report) == text
+    for kind in ("png", "svg"):
+        plot = ROOT / "benchmarks" / "results" / "cpu" / f"speedup.{kind}"
+        assert plot.stat().st_size > 10_000
     assert len(report["cases"]) == len(sys.modules["cases"].CASES["cpu"])
     assert not any("failed" in case for case in report["cases"])
 

@@ -17,6 +17,7 @@ import torch
 
 from fastllm import _native
 
+TRITON = 3  # the backend's number in csrc/ops/backend.h
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE_TYPES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")
 LAUNCHERS = {  # plain operation: module, function
@@ -72,7 +73,6 @@ def _interpreted(operation: str, launch: Callable) -> Callable:
     return call
 
 
-TRITON = 3  # the backend's number in csrc/ops/backend.h
 _libraries: list[torch.library.Library] = []  # registrations last as long as these
 
 

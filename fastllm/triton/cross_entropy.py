@@ -239,6 +239,8 @@ def _forward(
     tl.store(log_sum_row + row, log_sum)
 
     if GRAD:
+        # The gradient may overwrite the logits: not before every warp has read its own.
+        tl.debug_barrier()
         scale = _scale(incoming, incoming_stride, divisor, row, ACC)
         pull = shares + 2 * lse_square_scale * lse
         if ONE_TILE:
@@ -315,7 +317,7 @@ def _backward(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _divisor(target, weight, divisor, rows, ignore_index, WEIGHTED: tl.constexpr, ACC: tl.constexpr,
+def _divisor(target, weight, divisor, rows, classes, ignore_index, WEIGHTED: tl.constexpr, ACC: tl.constexpr,
              BLOCK: tl.constexpr):  # fmt: skip
     """The number of counted rows, or the sum of their weights; by one program, in a fixed order."""
     total = tl.zeros((BLOCK,), ACC)
@@ -324,7 +326,8 @@ def _divisor(target, weight, divisor, rows, ignore_index, WEIGHTED: tl.constexpr
         label = tl.load(target + row, mask=row < rows, other=ignore_index)
         counted = (row < rows) & (label != ignore_index)
         if WEIGHTED:
-            total += tl.load(weight + tl.where(counted, label, 0), mask=counted, other=0.0)
+            inside = counted & (label >= 0) & (label < classes)  # the row's own kernel asserts it
+            total += tl.load(weight + tl.where(inside, label, 0), mask=inside, other=0.0)
         else:
             total += tl.where(counted, 1.0, 0.0)
     tl.store(divisor, tl.sum(total, 0))
@@ -367,7 +370,7 @@ class RowLoss:
         if self.probabilities:
             return torch.full((), rows, dtype=self.acc, device=self.target.device)
         divisor = torch.empty((), dtype=self.acc, device=self.target.device)
-        launch(_divisor, (1,), divisor, self.target, self.weight, divisor, rows, self.ignore_index,
+        launch(_divisor, (1,), divisor, self.target, self.weight, divisor, rows, self.classes, self.ignore_index,
                WEIGHTED=self.weight is not None, ACC=constant(self.acc), BLOCK=4096, num_warps=16)  # fmt: skip
         return divisor
 
