@@ -86,20 +86,14 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def extra_peak(case: Case, function: Callable, device: str) -> int:
-    """Bytes by which memory grows, at most, during one forward and backward: resident, or allocated on CUDA."""
-    from fastllm import memory
-
-    prepare(case)
-    memory.empty_pool()
+def peak_of(function: Callable, device: str) -> int:
+    """Bytes by which memory grows, at most, during a call: resident, or allocated on CUDA."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(case, function)
-        peak = torch.cuda.max_memory_allocated()
-        prepare(case)
-        return peak - before
+        function()
+        return torch.cuda.max_memory_allocated() - before
     before = peak = _resident()
     stop = threading.Event()
 
@@ -111,12 +105,21 @@ def extra_peak(case: Case, function: Callable, device: str) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    step(case, function)
+    function()
     stop.set()
     watcher.join()
-    peak = max(peak, _resident())
+    return max(peak, _resident()) - before
+
+
+def extra_peak(case: Case, function: Callable, device: str) -> int:
+    """Peak of one forward and backward, from an empty pool."""
+    from fastllm import memory
+
     prepare(case)
-    return peak - before
+    memory.empty_pool()
+    peak = peak_of(lambda: step(case, function), device)
+    prepare(case)
+    return peak
 
 
 def errors(case: Case, variants: dict[str, Callable]) -> dict[str, float]:

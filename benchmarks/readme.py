@@ -1,4 +1,4 @@
-"""Puts the table of benchmarks/results/cpu/results.json, and its plot, into README.md, between two markers."""
+"""Puts the tables and plots of benchmarks/results/cpu into README.md, between two markers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,34 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from run import table  # noqa: E402
+import end_to_end  # noqa: E402
+import run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-PLOT = "![How many times as fast as eager PyTorch](benchmarks/results/cpu/speedup.png)"
+RESULTS = Path("benchmarks") / "results" / "cpu"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
-def with_table(readme: str, report: dict) -> str:
+def generated() -> str:
+    """What stands between the markers."""
+    operations = json.loads((ROOT / RESULTS / "results.json").read_text())
+    training = json.loads((ROOT / RESULTS / "end_to_end.json").read_text())
+    return (
+        f"{run.table(operations)}\n"
+        f"![How many times as fast as eager PyTorch]({RESULTS}/speedup.png)\n\n"
+        f"Training, {end_to_end.table(training)}\n"
+        f"How time and memory grow, with the machine's floor:\n\n![Scaling]({RESULTS}/scaling.png)\n"
+    )
+
+
+def with_results(readme: str) -> str:
     before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{table(report)}\n{PLOT}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{generated()}{END}{rest.split(END)[1]}"
 
 
 def main() -> int:
-    report = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "results.json").read_text())
     path = ROOT / "README.md"
-    path.write_text(with_table(path.read_text(), report))
+    path.write_text(with_results(path.read_text()))
     return 0
 
 

@@ -51,18 +51,10 @@ class Backend:
         return None
 
 
-def _why_no_cuda() -> str | None:
-    if _native.MISSING is not None:
-        return _native.MISSING
-    if not _native.BUILD["cuda"]:
-        return "the CUDA C++ kernels are not built: that needs nvcc and a CUDA build of torch"
-    return None
-
-
 _ALL = frozenset(OPERATIONS)
 TABLE = {  # in the order in which "auto" asks them
     "cpu": Backend("cpu", _ALL, ("cpu",), DTYPES, _native.MISSING),
-    "cuda": Backend("cuda", _ALL, ("cuda",), DTYPES, _why_no_cuda()),
+    "cuda": Backend("cuda", _ALL, ("cuda",), DTYPES, "CUDA C++ kernels are not part of this version of fastllm"),
     "triton": Backend("triton", _ALL, triton.DEVICE_TYPES, DTYPES, triton.why_missing()),
     "eager": Backend("eager", _ALL, (), frozenset(), None),
 }

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,19 +16,26 @@ def readme(monkeypatch):
     import readme
 
     yield readme
-    for name in ("readme", "run", "cases", "compare", "plots"):
+    for name in ("readme", "run", "cases", "compare", "plots", "scaling", "end_to_end", "harness"):
         sys.modules.pop(name, None)
 
 
 def test_readme_shows_the_committed_results(readme):
-    report = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "results.json").read_text())
     text = (ROOT / "README.md").read_text()
-    assert readme.with_table(text, report) == text
-    for kind in ("png", "svg"):
-        plot = ROOT / "benchmarks" / "results" / "cpu" / f"speedup.{kind}"
-        assert plot.stat().st_size > 10_000
+    assert readme.with_results(text) == text
+    folder = ROOT / "benchmarks" / "results" / "cpu"
+    report = json.loads((folder / "results.json").read_text())
     assert len(report["cases"]) == len(sys.modules["cases"].CASES["cpu"])
     assert not any("failed" in case for case in report["cases"])
+    points = json.loads((folder / "scaling.json").read_text())["points"]
+    import scaling
+
+    assert {(p["series"], p["size"]) for p in points} == {
+        (s, n) for s, (_, ns, _) in scaling.SERIES.items() for n in ns
+    }
+    for name in ("speedup", "scaling"):
+        for kind in ("png", "svg"):
+            assert (folder / f"{name}.{kind}").stat().st_size > 10_000
 
 
 def _report(**cases):
@@ -92,3 +100,38 @@ def test_a_failed_peer_is_a_line(readme):
     report["cases"][0] |= {"bytes": 100, "flops": 0, "target": 3.0}
     text = sys.modules["run"].table(report)
     assert "failed: no compiler" in text and "3 (missed)" in text
+
+
+def test_scaling_plot_and_floor(readme):
+    pytest.importorskip("matplotlib")
+    import scaling
+
+    series = next(iter(scaling.SERIES))
+    limits = {"copy": 1e9, "gemm_fp32": 1e11}
+    points = [
+        {"series": series, "size": n, "threads": t, "bytes": 10**6 * n, "flops": 10**9, "dtype": "fp32",
+         "seconds": {"eager": n / t, "fastllm": n / t / 2}, "extra_peak": {"eager": 10**7 * n, "fastllm": 0}}
+        for n in (1, 4, 16)
+        for t in (1, 2)
+    ]  # fmt: skip
+    assert scaling.floor(points[0], limits) == pytest.approx(1e-3 + 1e-2)
+    time, memory = scaling.draw({"limits": limits, "points": points}).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in time.get_lines()}
+    assert lines["fastllm, 1 thread"] == [500, 2000, 8000] and lines["eager, 2 threads"] == [500, 2000, 8000]
+    assert lines["floor, 2 threads"] == pytest.approx([11, 14, 26])
+    assert {line.get_label(): list(line.get_ydata()) for line in memory.get_lines()}["eager"] == [10, 40, 160]
+
+
+def test_training_is_measured(readme):
+    import end_to_end
+
+    threads = torch.get_num_threads()
+    try:
+        result = end_to_end.train(next(iter(end_to_end.MODELS)), "fastllm", threads, "cpu", 0.01)
+    finally:
+        torch.set_num_threads(threads)
+    assert result["tokens_per_second"] > 100 and result["extra_peak"] >= 0
+    results = {v: {"tokens_per_second": 100.0 * (i + 1), "extra_peak": 2e6} for i, v in enumerate(end_to_end.VARIANTS)}
+    results["eager, compiled"] = {"failed": "no | compiler"}
+    text = end_to_end.table({"machine": "m", "threads": 2, "torch": "t", "models": {"one": results}})
+    assert "| one | 100 (1.00), 2 MB | failed: no / compiler | 300 (3.00), 2 MB | 400 (4.00), 2 MB |" in text
