@@ -9,7 +9,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-NATIVE = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp"))
+NATIVE = sorted(
+    p
+    for room in ("csrc", "tests/cuda_host")
+    for p in (ROOT / room).rglob("*")
+    if p.suffix in (".h", ".cpp", ".cu", ".cuh")
+)
 
 
 def command(*arguments: str | Path) -> bool:

@@ -1,0 +1,175 @@
+// The instructions that kernels use by name: memory access, warp and cluster exchange, fast exponentials.
+//
+// Kernels reach global memory through load and store alone. The host build (tests/cuda_host) gives every function here
+// a plain form that checks bounds and alignment, and plays warps and clusters.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "launch.h"
+
+#ifndef __CUDACC__
+#include "host_primitives.h"
+#else
+#undef NDEBUG  // an index out of range must stop the kernel
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cassert>
+
+namespace fastllm::cuda {
+
+#define FASTLLM_DEVICE __device__ __forceinline__
+#define FASTLLM_DEVICE_ASSERT(condition, message) assert((condition) && message)
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// --- memory -----------------------------------------------------------------------------------------------------
+
+template <class T>
+FASTLLM_DEVICE T load(const T* p) {
+  return *p;
+}
+template <class T>
+FASTLLM_DEVICE void store(T* p, T value) {
+  *p = value;
+}
+
+// N items at once: 16 bytes or fewer, aligned to their size. Streaming accesses pass the caches first: data that is
+// touched once.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vec {
+  T items[N];
+};
+
+template <int Bytes>
+struct RawOf;
+template <>
+struct RawOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct RawOf<4> {
+  using type = unsigned;
+};
+template <>
+struct RawOf<8> {
+  using type = uint2;
+};
+template <>
+struct RawOf<16> {
+  using type = uint4;
+};
+template <class V>
+using Raw = typename RawOf<sizeof(V)>::type;
+
+template <int N, class T>
+FASTLLM_DEVICE Vec<T, N> load_vec(const T* p) {
+  const Raw<Vec<T, N> > raw = *reinterpret_cast<const Raw<Vec<T, N> >*>(p);
+  return reinterpret_cast<const Vec<T, N>&>(raw);
+}
+template <int N, class T>
+FASTLLM_DEVICE Vec<T, N> load_vec_streaming(const T* p) {
+  const Raw<Vec<T, N> > raw = __ldcs(reinterpret_cast<const Raw<Vec<T, N> >*>(p));
+  return reinterpret_cast<const Vec<T, N>&>(raw);
+}
+template <int N, class T>
+FASTLLM_DEVICE void store_vec(T* p, const Vec<T, N>& value) {
+  *reinterpret_cast<Raw<Vec<T, N> >*>(p) = reinterpret_cast<const Raw<Vec<T, N> >&>(value);
+}
+template <int N, class T>
+FASTLLM_DEVICE void store_vec_streaming(T* p, const Vec<T, N>& value) {
+  __stcs(reinterpret_cast<Raw<Vec<T, N> >*>(p), reinterpret_cast<const Raw<Vec<T, N> >&>(value));
+}
+
+// The block's dynamic shared memory; kernels have no other.
+FASTLLM_DEVICE char* shared_memory() {
+  extern __shared__ __align__(1024) char fastllm_shared[];
+  return fastllm_shared;
+}
+
+// --- numbers ----------------------------------------------------------------------------------------------------
+
+FASTLLM_DEVICE float widen(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+FASTLLM_DEVICE float widen(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
+FASTLLM_DEVICE float widen(float x) { return x; }
+FASTLLM_DEVICE double widen(double x) { return x; }
+
+template <class T>
+FASTLLM_DEVICE T narrow(float x) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return bf16{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+  else if constexpr (std::is_same_v<T, f16>)
+    return f16{__half_as_ushort(__float2half_rn(x))};
+  else
+    return static_cast<T>(x);
+}
+template <class T>
+FASTLLM_DEVICE T narrow(double x) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return bf16{__bfloat16_as_ushort(__double2bfloat16(x))};
+  else if constexpr (std::is_same_v<T, f16>)
+    return f16{__half_as_ushort(__double2half(x))};
+  else
+    return static_cast<T>(x);
+}
+
+// 2^x: one instruction in float32, relative error 2^-22.
+FASTLLM_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FASTLLM_DEVICE double exp2_fast(double x) { return exp2(x); }
+
+// --- threads ----------------------------------------------------------------------------------------------------
+
+FASTLLM_DEVICE void sync_block() { __syncthreads(); }
+FASTLLM_DEVICE void sync_warp() { __syncwarp(); }
+
+template <class T>
+FASTLLM_DEVICE T shuffle_xor(T value, int lanes) {
+  return __shfl_xor_sync(kFullWarp, value, lanes);
+}
+template <class T>
+FASTLLM_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(kFullWarp, value, lane);
+}
+template <class T>
+FASTLLM_DEVICE T shuffle_up(T value, int lanes) {
+  return __shfl_up_sync(kFullWarp, value, lanes);
+}
+FASTLLM_DEVICE unsigned ballot(bool vote) { return __ballot_sync(kFullWarp, vote); }
+
+// --- clusters of blocks (sm_90 and newer) -----------------------------------------------------------------------
+
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
+FASTLLM_DEVICE int cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+// Every thread of every block of the cluster; orders their shared-memory accesses.
+FASTLLM_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Where the shared memory of block `rank` holds what `p` is in this block's.
+template <class T>
+FASTLLM_DEVICE T* map_shared(T* p, int rank) {
+  T* mapped;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(p), "r"(rank));
+  return mapped;
+}
+#else
+FASTLLM_DEVICE int cluster_rank() { return 0; }
+FASTLLM_DEVICE void sync_cluster() { __syncthreads(); }
+template <class T>
+FASTLLM_DEVICE T* map_shared(T* p, int) {
+  return p;
+}
+#endif
+
+}  // namespace fastllm::cuda
+#endif
