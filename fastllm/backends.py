@@ -51,10 +51,19 @@ class Backend:
         return None
 
 
+def _why_no_cuda() -> str | None:
+    """Why the CUDA C++ kernels cannot be used, or None."""
+    if _native.MISSING is not None:
+        return _native.MISSING
+    if _native.BUILD.get("cuda") is None:
+        return f"CUDA C++ kernels are not built: {_native.BUILD.get('cuda_missing')}; {_native.CUDA_REMEDY}"
+    return None
+
+
 _ALL = frozenset(OPERATIONS)
 TABLE = {  # in the order in which "auto" asks them
     "cpu": Backend("cpu", _ALL, ("cpu",), DTYPES, _native.MISSING),
-    "cuda": Backend("cuda", _ALL, ("cuda",), DTYPES, "CUDA C++ kernels are not part of this version of fastllm"),
+    "cuda": Backend("cuda", _ALL, ("cuda",), DTYPES, _why_no_cuda()),
     "triton": Backend("triton", _ALL, triton.DEVICE_TYPES, DTYPES, triton.why_missing()),
     "eager": Backend("eager", _ALL, (), frozenset(), None),
 }
@@ -217,6 +226,12 @@ def _server(op: str, device_type: str) -> str:
     )
 
 
+def _cuda_build(build: dict) -> str:
+    if build.get("cuda") is None:
+        return "not built"
+    return f"nvcc {build['cuda']}, {', '.join(build['cuda_architectures'])}"
+
+
 class Info(dict):
     """What ``info()`` returns: a dictionary whose text is a table."""
 
@@ -246,6 +261,7 @@ def info() -> Info:
         torch=torch.__version__,
         built_with=f"torch {build['torch']}, {build['cxx_version']}" if build else "not built",
         instruction_sets=", ".join(build["isa"]) if build else "none",
+        cuda_kernels=_cuda_build(build),
         instruction_set=extension.cpu_capability() if extension else "none",
         float32_gemm=extension.float32_gemm_library() if extension else "BLAS",
         threads=torch.get_num_threads(),
@@ -258,7 +274,8 @@ def info() -> Info:
     }
     report["operations"] = served
     report["gpu"] = (
-        "the Triton kernels pass their tests in Triton's interpreter and compile for sm_80, sm_90, sm_100 and gfx942; "
-        "they have not run on a GPU yet"
+        "the CUDA C++ kernels pass their tests played on the CPU and compile for sm_80, sm_90a and sm_100, the Triton "
+        "kernels theirs in Triton's interpreter and compile for sm_80, sm_90, sm_100 and gfx942; they have not run on a GPU "
+        "yet, and which is faster is not known"
     )
     return report
