@@ -96,15 +96,17 @@ def test_waits_that_never_end_are_reported(play):
 @pytest.mark.parametrize("offset", [0, 1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_mse_loss_of_views_that_start_anywhere(offset, dtype):
-    """One distance from a boundary for all arrays is peeled; different ones are walked item by item."""
+    """One distance from a boundary for all arrays is peeled (the loss alone); different ones are walked item by item."""
     x = torch.randn(3005).to(dtype)[offset:].detach().requires_grad_()
     for other in (offset, 0):
         t = torch.randn(3005).to(dtype)[other : x.numel() + other]
-        grads = []
-        for backend in ("cuda", "eager"):
+        grads, losses = [], []
+        for backend, like in (("cuda", dtype), ("eager", torch.float64)):
             with fastllm.use_backend(backend):
                 grads.append(torch.autograd.grad(F.mse_loss(x, t, reduction="sum"), x)[0])
+                losses.append(F.mse_loss(x.detach().to(like), t.to(like)).to(dtype))
         torch.testing.assert_close(*grads)
+        torch.testing.assert_close(*losses)
 
 
 # Kernel, file, text, and what it becomes: each must fail a test.
