@@ -117,7 +117,7 @@ PLANTED = {
         "if (lane == 0) scratch[warp] = value;",
     ),
     "an off-by-one at the tail": ("mse_loss.cu", "i < count; i += kThreads) sum", "i < count - 1; i += kThreads) sum"),
-    "a missing peel": ("mse_loss.cu", "< m.count ? to_boundary :", "< m.count ? 0 :"),
+    "a missing peel": ("mse_loss.cu", "< m.count ? to_boundary :", "< m.count ? 0 * to_boundary :"),
 }
 
 
