@@ -306,7 +306,7 @@ class NativeBuild(build_ext):
             "cxx_version": cxx_version,
             "isa": ISAS,
             "cuda": None if cuda is None else cuda.version,
-            "cuda_architectures": [] if cuda is None else re.findall(r"code=(\w+)", " ".join(cuda.architectures)),
+            "cuda_architectures": [] if cuda is None else re.findall(r",code=(\w+)", " ".join(cuda.architectures)),
             "cuda_missing": cuda_missing,
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         }
