@@ -122,7 +122,9 @@ def find_cuda_home():
         # A wrapper of nvcc may lie outside the toolkit.
         if (Path(home) / "bin" / "nvcc").exists() and (Path(home) / "include" / "cuda_runtime.h").exists():
             return Path(home)
-    raise CannotBuild("no CUDA toolkit (nvcc and its headers) was found: install the CUDA toolkit, or set CUDA_HOME to it")
+    raise CannotBuild(
+        "no CUDA toolkit (nvcc and its headers) was found: install the CUDA toolkit, or set CUDA_HOME to it"
+    )
 
 
 def architecture_flags(wanted, known):
