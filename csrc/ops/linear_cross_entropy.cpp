@@ -4,7 +4,8 @@
 // them into their gradient where they stand, and two more products take that gradient to input and linear_weight: three
 // products, and nothing of size N x V in memory. The gradient of linear_weight is summed over chunks in float32.
 //
-// Chunks are large: each streams linear_weight, and its gradient, once more from memory.
+// Chunks are large: each streams linear_weight, and its gradient, once more from memory. A layer of few features has a
+// kernel of its own (csrc/cpu/linear_cross_entropy.cpp).
 #include <ATen/autocast_mode.h>
 
 #include <algorithm>
@@ -14,6 +15,8 @@
 #include "cross_entropy_common.h"
 #include "gemm.h"
 #include "linear_common.h"
+
+FASTLLM_DEFINE_DISPATCH(LinearCrossEntropyKernels, linear_cross_entropy)
 
 namespace fastllm {
 namespace {
@@ -75,6 +78,39 @@ class Walk {
   const RowLoss& rows() const { return rows_; }
 
   Gradients run(const Tensor& loss, double scale, const Tensor& row_scale) {
+    if (input_.numel() > 0 && rows_.is_skinny() && cpu::is_skinny_loss(weight_.size(1), weight_.size(0)))
+      return run_skinny(loss, scale, row_scale);
+    return run_chunks(loss, scale, row_scale);
+  }
+
+ private:
+  Gradients run_skinny(const Tensor& loss, double scale, const Tensor& row_scale) const {
+    const auto dtype = input_.scalar_type();
+    Gradients g;
+    cpu::SkinnyLoss s{};
+    rows_.describe(&s);
+    s.features = input_.size(1);
+    s.input = data(input_);
+    s.weight = data(weight_);
+    s.bias = bias_.defined() ? data(bias_) : nullptr;
+    s.loss = loss.mutable_data_ptr();
+    s.scale = scale;
+    s.row_scale = row_scale.defined() ? data(row_scale) : nullptr;
+    const auto result = [&](bool need, const Tensor& like, Tensor* grad) -> void* {
+      if (!need) return nullptr;
+      *grad = pool::empty(like.sizes(), dtype);
+      return grad->mutable_data_ptr();
+    };
+    s.grad_input = result(needs_.input, input_, &g.input);
+    s.grad_weight = result(needs_.weight, weight_, &g.weight);
+    s.grad_bias = result(needs_.bias, bias_, &g.bias);
+    const Tensor workspace = pool::empty({cpu::linear_cross_entropy().workspace(s)}, dtype);
+    s.workspace = workspace.mutable_data_ptr();
+    cpu::linear_cross_entropy().run(s);
+    return g;
+  }
+
+  Gradients run_chunks(const Tensor& loss, double scale, const Tensor& row_scale) {
     const int64_t n = input_.size(0), classes = weight_.size(0), features = weight_.size(1);
     const auto dtype = input_.scalar_type();
     const int64_t item = static_cast<int64_t>(input_.element_size());
@@ -103,7 +139,6 @@ class Walk {
     return g;
   }
 
- private:
   static void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
     if (out.numel() > 0 && !try_small_product(out, a, b, Tensor(), false)) gemm_out(out, a, b);
   }
