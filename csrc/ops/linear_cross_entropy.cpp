@@ -122,7 +122,7 @@ class Walk {
     Gradients g;
     if (needs_.input) g.input = pool::empty(input_.sizes(), dtype);
     const Tensor logits = pool::empty({chunk, classes}, dtype);
-    const Tensor softmax = at::empty({2, chunk}, loss.options());
+    const Tensor softmax = pool::empty({2, chunk}, loss.scalar_type());
     if (needs_.bias) bias_sums_ = pool::empty({n / cpu::kColumnBlock + n / (chunk + 1) + 2, classes}, acc_dtype(dtype));
     for (int64_t first = 0; first < n; first += chunk) {
       const Tensor x = part(input_, first), z = whole ? logits : logits.narrow(0, 0, x.size(0));
@@ -218,12 +218,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& input, cons
                                                        bool need_input, bool need_weight, bool need_bias) {
   const auto options =
       checked_options("linear_cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
-  const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
-  const Tensor loss = at::empty({input.size(0)}, acc);
+  const Tensor loss = pool::empty({input.size(0)}, acc_dtype(input.scalar_type()));
   Walk walk(input, linear_weight, target, linear_bias, weight, options, {need_input, need_weight, need_bias});
   const Gradients g = walk.run(loss, 1 / walk.rows().divisor(), Tensor());
-  const auto or_none = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, input.options()); };
-  return {walk.rows().reduced(loss, acc.dtype().toScalarType()), or_none(g.input), or_none(g.weight), or_none(g.bias)};
+  const auto or_none = [&](const Tensor& t) { return t.defined() ? t : pool::empty({0}, input.scalar_type()); };
+  return {walk.rows().reduced(loss, loss.scalar_type()), or_none(g.input), or_none(g.weight), or_none(g.bias)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& input,
@@ -233,13 +232,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const
                                                 bool need_bias) {
   const auto options =
       checked_options("linear_cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
-  const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
-  const Tensor loss = at::empty({input.size(0)}, acc);
+  const Tensor loss = pool::empty({input.size(0)}, acc_dtype(input.scalar_type()));
   Walk walk(input, linear_weight, target, linear_bias, weight, options, {need_input, need_weight, need_bias});
   const bool by_row = reduction == kNone;
-  const Gradients g = walk.run(loss, by_row ? 1 : grad_output.item<double>() / walk.rows().divisor(),
-                               by_row ? grad_output.to(acc.dtype()).contiguous() : Tensor());
-  const auto or_none = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, input.options()); };
+  const Gradients g = walk.run(loss, by_row ? 1 : number_in(grad_output) / walk.rows().divisor(),
+                               by_row ? grad_output.to(loss.scalar_type()).contiguous() : Tensor());
+  const auto or_none = [&](const Tensor& t) { return t.defined() ? t : pool::empty({0}, input.scalar_type()); };
   return {or_none(g.input), or_none(g.weight), or_none(g.bias)};
 }
 
@@ -270,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_meta(const Tensor& grad_output, cons
 }
 
 void scale_cpu(const Tensor& grad_output, const Tensor& grad) {
-  if (grad_output.item<double>() != 1.0) grad.mul_(grad_output);
+  if (number_in(grad_output) != 1.0) grad.mul_(grad_output);
 }
 
 void scale_meta(const Tensor& grad_output, const Tensor& grad) {}
@@ -305,9 +303,11 @@ class Node : public torch::autograd::Function<Node> {
         forward_op().call(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
                           lse_square_scale, softcap, early && need_input, early && need_weight, early && need_bias);
     ctx->save_for_backward({input, linear_weight, target, linear_bias.value_or(Tensor()), weight.value_or(Tensor())});
-    ctx->saved_data["integers"] =
-        std::vector<int64_t>{reduction, ignore_index, early, need_input, need_weight, need_bias};
-    ctx->saved_data["numbers"] = std::vector<double>{label_smoothing, lse_square_scale, softcap.value_or(0)};
+    // One integer, and the rest only where it is not the default: an entry costs as much as a small tensor.
+    ctx->saved_data["options"] = reduction | early << 2 | need_input << 3 | need_weight << 4 | need_bias << 5;
+    if (ignore_index != -100) ctx->saved_data["ignore_index"] = ignore_index;
+    if (label_smoothing != 0 || lse_square_scale != 0 || softcap.has_value())
+      ctx->saved_data["numbers"] = std::vector<double>{label_smoothing, lse_square_scale, softcap.value_or(0)};
     if (early && need_input) ctx->saved_data["grad_input"] = gi;
     if (early && need_weight) ctx->saved_data["grad_weight"] = gw;
     if (early && need_bias) ctx->saved_data["grad_bias"] = gb;
@@ -317,11 +317,16 @@ class Node : public torch::autograd::Function<Node> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const backend::Restored restored(ctx);
     const variable_list saved = ctx->get_saved_variables();
-    const auto integers = ctx->saved_data["integers"].toIntList();
-    const auto numbers = ctx->saved_data["numbers"].toDoubleList();
-    const CrossEntropyOptions o{integers[0], integers[1], numbers[0], numbers[1], numbers[2]};
-    const bool early = integers[2] != 0, need_input = integers[3] != 0, need_weight = integers[4] != 0,
-               need_bias = integers[5] != 0;
+    const int64_t options = ctx->saved_data["options"].toInt();
+    CrossEntropyOptions o{options & 3, -100, 0, 0, 0};
+    if (const auto found = ctx->saved_data.find("ignore_index"); found != ctx->saved_data.end())
+      o.ignore_index = found->second.toInt();
+    if (const auto found = ctx->saved_data.find("numbers"); found != ctx->saved_data.end()) {
+      const auto numbers = found->second.toDoubleList();
+      o.label_smoothing = numbers[0], o.lse_square_scale = numbers[1], o.softcap = numbers[2];
+    }
+    const bool early = (options & 4) != 0, need_input = (options & 8) != 0, need_weight = (options & 16) != 0,
+               need_bias = (options & 32) != 0;
     const OptionalTensor bias = saved[3].defined() ? OptionalTensor(saved[3]) : std::nullopt;
     const OptionalTensor weight = saved[4].defined() ? OptionalTensor(saved[4]) : std::nullopt;
     const Tensor& g = grad_outputs[0];
@@ -357,6 +362,7 @@ class Node : public torch::autograd::Function<Node> {
   static Tensor scaled(AutogradContext* ctx, const char* name, const Tensor& g) {
     if (!is_concrete(g)) return (ctx->saved_data[name].toTensor() * g).to(ctx->saved_data[name].toTensor().dtype());
     const Tensor grad = take_saved(ctx, name);
+    if (g.is_cpu() && number_in(g) == 1.0) return grad;
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fastllm::linear_cross_entropy_scale_", "")
                                .typed<decltype(scale_cpu)>();
@@ -428,9 +434,9 @@ Tensor linear_cross_entropy_autocast(const Tensor& input, const Tensor& linear_w
 
 Tensor in_input_dtype(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                       const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
-  return linear_cross_entropy(input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
-                              label_smoothing, lse_square_scale, softcap)
-      .to(input.scalar_type());
+  const Tensor loss = linear_cross_entropy(input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+                                           label_smoothing, lse_square_scale, softcap);
+  return loss.scalar_type() == input.scalar_type() ? loss : loss.to(input.scalar_type());
 }
 
 TORCH_LIBRARY_FRAGMENT(fastllm, m) {
