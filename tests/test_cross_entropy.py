@@ -113,6 +113,52 @@ def test_gradient_of_class_weights(reduction):
         F.cross_entropy(x, q.argmax(1), w)
 
 
+@pytest.mark.parametrize("classes", [1, 2, 15, 31, 32, 33, 65, 1023, 1041, 2100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_class_finds_its_probability(classes, dtype):
+    """However exponentials lie in the scratch row: p - 1 at the true class and p elsewhere, wherever a row begins."""
+    torch.manual_seed(0)
+    wide = torch.randn(64, classes + 3).to(dtype)
+    for offset in range(3):
+        x = wide[:, offset : offset + classes]
+        for first in range(0, classes, 64):
+            y = torch.arange(first, first + 64).clamp(max=classes - 1)
+            _, grad = gradient(F.cross_entropy, x, y, reduction="sum")
+            p = torch.softmax(x.double(), 1)
+            p[torch.arange(64), y] -= 1
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(grad.double(), p, rtol=1.5 * eps, atol=max(1e-6, eps * 1e-3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_beyond_the_caches(dtype):
+    """More than 16 MiB are written past the caches, from the first aligned item of each row on."""
+    torch.manual_seed(0)
+    x, y = torch.randn(331, 26051).to(dtype), torch.randint(0, 26051, (331,))
+    y[::7] = torch.arange(48)  # near the beginning of rows of every alignment
+    _, grad = gradient(F.cross_entropy, x, y, reduction="sum")
+    p = torch.softmax(x.double(), 1)
+    p[torch.arange(331), y] -= 1
+    torch.testing.assert_close(grad.double(), p, rtol=1.5 * torch.finfo(dtype).eps, atol=1e-7)
+    again = x.clone().requires_grad_()
+    F.cross_entropy(again, y, reduction="sum", inplace_backward=True).backward()
+    torch.testing.assert_close(again.grad, grad, rtol=3 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nan_of_any_payload(dtype):
+    """A NaN stays one through the rounding, whatever its bits."""
+    x = torch.randn(2, 70).to(dtype)
+    bits = {2: torch.int16, 4: torch.int32}[x.element_size()]
+    x.view(bits)[1, 33] = torch.iinfo(bits).max
+    _, grad = gradient(F.cross_entropy, x, torch.tensor([3, 4]))
+    assert grad[0].isfinite().all() and grad[1].isnan().all()
+    weight = torch.ones(70).to(dtype)
+    weight.view(bits)[4] = -1
+    _, grad = gradient(F.cross_entropy, torch.randn(2, 70).to(dtype), torch.tensor([3, 4]), weight, reduction="sum")
+    assert grad[0].isfinite().all() and grad[1].isnan().all()
+
+
 def test_confident_rows_keep_their_gradient():
     """p - 1 at the true class, formed before it is rounded: rounding p first would give 0."""
     x = torch.tensor([[12.0, 0.0, 0.0]], dtype=torch.bfloat16)

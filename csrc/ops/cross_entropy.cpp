@@ -39,7 +39,7 @@ void backward_into(const Tensor& grad_output, const Tensor& logits, const Tensor
   if (reduction == kNone)
     rows.backward(logits, 0, softmax, grad, 1, grad_output.to(softmax.scalar_type()).contiguous());
   else
-    rows.backward(logits, 0, softmax, grad, grad_output.item<double>() / rows.divisor(), Tensor());
+    rows.backward(logits, 0, softmax, grad, number_in(grad_output) / rows.divisor(), Tensor());
 }
 
 Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -61,7 +61,7 @@ void backward_inplace_cpu(const Tensor& grad_output, const Tensor& input, const 
 // `grad` holds the gradient for an incoming gradient of 1: it is formed anew for another.
 void correct_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                  const Tensor& softmax, FASTLLM_CE_OPTIONS, const Tensor& grad) {
-  if (grad_output.item<double>() == 1.0) return;
+  if (number_in(grad_output) == 1.0) return;
   backward_into(grad_output, with_unit_stride(input), target, weight, softmax, reduction, ignore_index, label_smoothing,
                 lse_square_scale, softcap, grad);
 }

@@ -26,8 +26,9 @@ struct MaskedGradient {
 };
 MaskedGradient mask_gradient(const Tensor& dy, const OptionalTensor& y, bool need_bias, bool in_place);
 
-// a b into pooled memory.
+// a b, and a^T b, into pooled memory.
 Tensor product(const Tensor& a, const Tensor& b);
+Tensor product_of_turned(const Tensor& a, const Tensor& b);
 
 // input as (rows, features): a view where its layout allows one.
 Tensor as_rows(const Tensor& input);

@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const
                                                 const Tensor& weight, bool need_input, bool need_weight,
                                                 bool need_bias) {
   const MaskedGradient g = mask_gradient(grad_output, output, need_bias, false);
-  const auto none = [&] { return at::empty({0}, input.options()); };
-  return {need_input ? product(g.dz, weight) : none(), need_weight ? product(g.dz.t(), input) : none(),
+  const auto none = [&] { return pool::empty({0}, input.scalar_type()); };
+  return {need_input ? product(g.dz, weight) : none(), need_weight ? product_of_turned(g.dz, input) : none(),
           need_bias ? g.bias : none()};
 }
 

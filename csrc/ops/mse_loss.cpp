@@ -69,7 +69,7 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor
 // `grad` holds the gradient for an incoming gradient of 1: it is formed anew for another.
 void correct_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                  int64_t reduction, const Tensor& grad) {
-  if (grad_output.item<double>() != 1.0) backward_into(grad_output, input, {input, target, weight}, reduction, grad);
+  if (number_in(grad_output) != 1.0) backward_into(grad_output, input, {input, target, weight}, reduction, grad);
 }
 
 std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
