@@ -85,6 +85,7 @@ Status forward(const EmbeddingGather& g, Stream stream) {
 // --- the table's gradient ---------------------------------------------------------------------------------------
 
 constexpr int kThreads = 128;
+constexpr int kBlocks = 8;                 // of a multiprocessor at least
 constexpr int64_t kClearBytes = 32 << 10;  // of the gradient, that one warp clears
 
 template <class T>
@@ -140,10 +141,10 @@ struct Columns {
   }
   // The only rounding.
   FASTLLM_DEVICE void finish(const Gradient<T>& g, int64_t row, int64_t column, int64_t occurrences) const {
+    const Acc<T> scale = g.by_frequency ? 1 / static_cast<Acc<T>>(occurrences) : Acc<T>(1);
     Vec<T, N> values;
 #pragma unroll
-    for (int j = 0; j < N; ++j)
-      values.items[j] = narrow<T>(g.by_frequency ? items[j] / static_cast<Acc<T>>(occurrences) : items[j]);
+    for (int j = 0; j < N; ++j) values.items[j] = narrow<T>(items[j] * scale);
     store_vec_streaming(g.grad + row * g.features + column, values);
   }
 };
@@ -168,7 +169,7 @@ struct Unit {
 };
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) sum_chunks(Gradient<T> g) {
+__global__ void __launch_bounds__(kThreads, kBlocks) sum_chunks(Gradient<T> g) {
   const Unit<T, N> unit(g);
   if (!unit.active) return;
   const uint32_t none = static_cast<uint32_t>(g.rows);
@@ -281,7 +282,7 @@ FASTLLM_DEVICE void clear_absent(const Gradient<T>& g, int64_t first) {
 
 // The first `adding` blocks, which begin first, add parts; the others clear.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) finish_rows(Gradient<T> g, int64_t adding) {
+__global__ void __launch_bounds__(kThreads, kBlocks) finish_rows(Gradient<T> g, int64_t adding) {
   if (blockIdx.x < adding) {
     add_parts<T, N>(g);
   } else {

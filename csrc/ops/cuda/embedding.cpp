@@ -29,11 +29,11 @@ Tensor forward(const Tensor& weight, const Tensor& input) {
 Tensor backward(const Tensor& grad_output, const Tensor& input, int64_t rows, int64_t padding_idx,
                 bool scale_grad_by_freq) {
   const Call call("embedding_backward", grad_output);
-  const Tensor ids = input.contiguous(), from = grad_output.contiguous();
-  check_range(ids, rows);
-  const int64_t count = ids.numel(), features = from.size(-1);
+  const int64_t count = input.numel(), features = grad_output.size(-1);
   TORCH_CHECK(count <= kMax && rows <= kMax, "embedding_backward: input and weight must have fewer than 2^31 ids and ",
               "rows, got ", count, " and ", rows);
+  const Tensor ids = input.contiguous(), from = grad_output.contiguous();
+  check_range(ids, rows);
   const Tensor grad = call.empty({rows, features}, from.scalar_type());
   if (grad.numel() == 0) return grad;
   size_t sorting_bytes = 0;
