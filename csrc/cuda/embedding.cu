@@ -257,6 +257,7 @@ FASTLLM_DEVICE void clear(T* to, int64_t count) {
   const int64_t tail = head + (count - head) / N * N;
   const Vec<T, N> zeros{};
   if (lane < head) store(to + lane, T{});
+#pragma unroll 4
   for (int64_t i = head + lane * N; i < tail; i += kWarp * N) store_vec_streaming(to + i, zeros);
   if (tail + lane < count) store(to + tail + lane, T{});
 }
@@ -282,7 +283,7 @@ FASTLLM_DEVICE void clear_absent(const Gradient<T>& g, int64_t first) {
 
 // The first `adding` blocks, which begin first, add parts; the others clear.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads, kBlocks) finish_rows(Gradient<T> g, int64_t adding) {
+__global__ void __launch_bounds__(kThreads) finish_rows(Gradient<T> g, int64_t adding) {
   if (blockIdx.x < adding) {
     add_parts<T, N>(g);
   } else {
@@ -299,17 +300,24 @@ int64_t chunk_length(int64_t count) {
 }
 int64_t partial_stride(int64_t features) { return ceil_div(features, 4) * 4; }
 
+// Teams for N columns a thread; the blocks that they fill.
+template <class T, int N>
+int64_t divide(Gradient<T>* g) {
+  const int64_t vectors = g->features / N;
+  g->log2 = log2_ceil(vectors < kWarp ? vectors : kWarp);
+  g->slices = ceil_div(vectors, int64_t{1} << g->log2);
+  return ceil_div((ceil_div(g->count, g->chunk) * g->slices) << g->log2, kThreads);
+}
+
 template <class T, int N>
 Status run_sums(Gradient<T> g, Stream stream) {
-  const int64_t vectors = g.features / N;
-  g.log2 = log2_ceil(vectors < kWarp ? vectors : kWarp);
-  g.slices = ceil_div(vectors, int64_t{1} << g.log2);
-  const int64_t chunks = ceil_div(g.count, g.chunk);
-  const int64_t summing = ceil_div((chunks * g.slices) << g.log2, kThreads), adding = chunks > 1 ? summing : 0;
-  const int64_t clearing = ceil_div(ceil_div(g.rows, g.together), kThreads / kWarp);
+  constexpr int kParts = N < 4 ? N : 4;  // columns, of which parts in the accumulator's dtype are read
+  const int64_t summing = divide<T, N>(&g);
   const Status status = launch(sum_chunks<T, N>, {summing, kThreads}, stream, g);
   if (status != 0) return status;
-  return launch(finish_rows<T, N>, {adding + clearing, kThreads}, stream, g, adding);
+  const int64_t adding = g.count > g.chunk ? divide<T, kParts>(&g) : 0;
+  const int64_t clearing = ceil_div(ceil_div(g.rows, g.together), kThreads / kWarp);
+  return launch(finish_rows<T, kParts>, {adding + clearing, kThreads}, stream, g, adding);
 }
 
 template <class T>
