@@ -25,8 +25,8 @@ struct Ids {
   const Index* ids;
   int64_t count, rows, padding_idx;
 
-  FASTLLM_DEVICE uint32_t row(int64_t position) const {
-    const int64_t id = load(ids + position);
+  FASTLLM_DEVICE uint32_t row(int64_t position) const { return row_of(load(ids + position)); }
+  FASTLLM_DEVICE uint32_t row_of(int64_t id) const {
     const bool inside = id >= 0 && id < rows;
     FASTLLM_DEVICE_ASSERT(inside, "embedding: input holds an id that is not a row of weight");
     return static_cast<uint32_t>(inside && id != padding_idx ? id : rows);
@@ -125,8 +125,19 @@ __global__ void __launch_bounds__(1024)
     sort_block(Ids<Index> ids, int rounds, int row_bits, int position_bits, uint32_t* rows, uint32_t* positions) {
   const BlockSort block(reinterpret_cast<uint32_t*>(shared_memory()), rounds);
   const int threads = blockDim.x, count = static_cast<int>(ids.count);
-  for (int i = threadIdx.x; i < rounds * threads; i += threads)
-    block.words[i] = i < count ? ids.row(i) << position_bits | i : ~0u;
+  constexpr int kInFlight = 4;
+  for (int i = threadIdx.x; i < rounds * threads; i += kInFlight * threads) {
+    Index id[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k)
+      if (i + k * threads < count) id[k] = load(ids.ids + i + k * threads);
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int position = i + k * threads;
+      if (position < rounds * threads)
+        block.words[position] = position < count ? ids.row_of(id[k]) << position_bits | position : ~0u;
+    }
+  }
   sync_block();
   for (int shift = 0; shift < row_bits; shift += kDigitBits) block.pass(position_bits + shift);
   for (int i = threadIdx.x; i < count; i += threads) {
