@@ -10,7 +10,8 @@ namespace {
 constexpr int64_t kMax = (int64_t{1} << 31) - 1;  // positions and rows are sorted as 32-bit numbers
 
 void check_range(const Tensor& ids, int64_t rows) {
-  check_indices("embedding", "input must hold ids in [0, " + std::to_string(rows) + "), the rows of weight", ids, rows);
+  check_indices("embedding", "input must hold ids in [0, " + std::to_string(rows) + "), the rows of weight", ids, rows,
+                std::nullopt);
 }
 
 Tensor forward(const Tensor& weight, const Tensor& input) {
