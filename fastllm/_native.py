@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 REMEDY = "run `pip install --no-build-isolation .` in fastllm's source directory, with this torch and a C++ compiler"
+CUDA_REMEDY = "building them takes a CUDA build of torch and nvcc of the same major version"
 
 
 def _same_release(built: str, running: str) -> bool:

@@ -51,10 +51,19 @@ class Backend:
         return None
 
 
+def _why_no_cuda() -> str | None:
+    """Why the CUDA C++ kernels cannot be used, or None."""
+    if _native.MISSING is not None:
+        return _native.MISSING
+    if _native.BUILD.get("cuda") is None:
+        return f"CUDA C++ kernels are not built: {_native.BUILD.get('cuda_missing')}; {_native.CUDA_REMEDY}"
+    return None
+
+
 _ALL = frozenset(OPERATIONS)
 TABLE = {  # in the order in which "auto" asks them
     "cpu": Backend("cpu", _ALL, ("cpu",), DTYPES, _native.MISSING),
-    "cuda": Backend("cuda", _ALL, ("cuda",), DTYPES, "CUDA C++ kernels are not part of this version of fastllm"),
+    "cuda": Backend("cuda", _ALL, ("cuda",), DTYPES, _why_no_cuda()),
     "triton": Backend("triton", _ALL, triton.DEVICE_TYPES, DTYPES, triton.why_missing()),
     "eager": Backend("eager", _ALL, (), frozenset(), None),
 }
@@ -192,15 +201,17 @@ def native(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
         return False
     if type(tensor) not in _PLAIN and not _is_traced(op, tensor):
         return False
+    dense = tensor.layout is torch.strided and not tensor.is_nested
     for other in others:
         if type(other) not in _PLAIN_OR_NONE and not _is_traced(op, other):
             return False
+        dense = dense and (other is None or other.layout is torch.strided)
     if _in_transform() or forward_ad._current_level >= 0:
         return False
     if name == "auto":
         ready = _CPU_READY if tensor.is_cpu else tensor.device.type in _ACCELERATORS
-        return ready and tensor.dtype in DTYPES
-    reason = TABLE[name].refusal(op, tensor)
+        return ready and dense and tensor.dtype in DTYPES
+    reason = TABLE[name].refusal(op, tensor) if dense else "it serves dense tensors, got a sparse or nested one"
     if reason is not None:
         raise RuntimeError(f"{op}: backend {name!r} cannot serve this call: {reason}")
     return True
@@ -215,6 +226,12 @@ def _server(op: str, device_type: str) -> str:
         and op in backend.operations
         and (not backend.device_types or device_type in backend.device_types)
     )
+
+
+def _cuda_build(build: dict) -> str:
+    if build.get("cuda") is None:
+        return "not built"
+    return f"nvcc {build['cuda']}, {', '.join(build['cuda_architectures'])}"
 
 
 class Info(dict):
@@ -246,6 +263,7 @@ def info() -> Info:
         torch=torch.__version__,
         built_with=f"torch {build['torch']}, {build['cxx_version']}" if build else "not built",
         instruction_sets=", ".join(build["isa"]) if build else "none",
+        cuda_kernels=_cuda_build(build),
         instruction_set=extension.cpu_capability() if extension else "none",
         float32_gemm=extension.float32_gemm_library() if extension else "BLAS",
         threads=torch.get_num_threads(),
@@ -258,7 +276,8 @@ def info() -> Info:
     }
     report["operations"] = served
     report["gpu"] = (
-        "the Triton kernels pass their tests in Triton's interpreter and compile for sm_80, sm_90, sm_100 and gfx942; "
-        "they have not run on a GPU yet"
+        "the CUDA C++ kernels pass their tests played on the CPU and compile for sm_80, sm_90a and sm_100, the Triton "
+        "kernels theirs in Triton's interpreter and compile for sm_80, sm_90, sm_100 and gfx942; they have not run on a GPU "
+        "yet, and which is faster is not known"
     )
     return report

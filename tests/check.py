@@ -22,15 +22,17 @@ def command(*arguments: str | Path) -> bool:
 
 
 def kernels_know_no_torch() -> bool:
-    """Kernels include neither PyTorch's headers nor containers: the linker would merge inline code across instruction
-    sets."""
-    forbidden = re.compile(r'#include [<"](ATen|torch|c10|vector|string|map|algorithm|functional|memory|numeric)\b')
+    """Kernels include no PyTorch header; those of the CPU no container either: the linker would merge inline code across
+    instruction sets."""
+    torch, containers = "ATen|torch|c10", "vector|string|map|algorithm|functional|memory|numeric"
+    forbidden = {"cpu": rf'#include [<"]({torch}|{containers})\b', "cuda": rf'#include [<"]({torch})\b'}
     bad = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
-        for path in (ROOT / "csrc" / "cpu").glob("*")
+        for room, pattern in forbidden.items()
+        for path in (ROOT / "csrc" / room).glob("*")
         if path.name != "isa.cpp"
         for line in path.read_text().splitlines()
-        if forbidden.search(line)
+        if re.search(pattern, line)
     ]
     print("\n".join(bad) or f"rooms: {len(NATIVE)} native files checked")
     return not bad

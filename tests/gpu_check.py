@@ -1,8 +1,10 @@
 """``make gpu-check``: everything that a machine with a GPU, and no network, can tell; each part goes on if another fails.
 
-Parts: build (the extension, against this torch), gpu (tests/test_gpu.py), suite (the CPU suite and Triton's compile
-checks, with this torch and this Triton), sanitizer (compute-sanitizer's memcheck and racecheck on a few cases), bench
-(benchmarks/run.py --device cuda). Reports lie in the folder given by --out. Uses the Python that runs it.
+Parts, in the order of --parts: build (the extension, against this torch, for this GPU), gpu (tests/test_gpu.py: the
+contract of every backend, CUDA graphs, more than 2^31 logits), device (the operations' own tests on CUDA tensors, for
+each backend in turn), sanitizer (compute-sanitizer's memcheck and racecheck on a few cases), bench (benchmarks/run.py
+--device cuda), suite (the CPU's tests, with this torch and this Triton). No part runs beyond --seconds in all. Reports
+lie in the folder given by --out. Uses the Python that runs it.
 """
 
 from __future__ import annotations
@@ -15,28 +17,52 @@ import sys
 import time
 from pathlib import Path
 
+from run import KERNEL_TESTS
+
 ROOT = Path(__file__).resolve().parent.parent
-FEW = "test_error_against_float64 and torch.bfloat16 and (mse_loss or embedding)"
+BACKENDS = ("cuda", "triton", "eager")
+FEW = "test_error_against_float64 and torch.bfloat16 and (mse_loss or embedding or cross_entropy) and cuda"
+# On a device: no thread counts, no exceptions for what stops a device instead, no compilers (test_gpu.py compiles).
+ON_DEVICE = "not thread and not compile and not opcheck and not capability and not pool"
 
 
-def commands(out: Path) -> dict[str, list[tuple[list[str], dict[str, str], int]]]:
-    """Commands of each part, with their environment and the seconds that they may take."""
+def architecture() -> str:
+    """The GPU's architecture as TORCH_CUDA_ARCH_LIST names it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "9.0a"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}{'a' if major == 9 else ''}"
+
+
+def commands(out: Path) -> dict[str, list[tuple[str, list[str], dict[str, str], int]]]:
+    """Commands of each part: title, arguments, environment and the seconds that they may take."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
     sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
-    checks = [
-        ([sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest, "tests/test_gpu.py", "-k", FEW], {}, 120)
-        for tool in ("memcheck", "racecheck")
-    ]
     build = [python, "setup.py", "-q", "build_ext", "--inplace"]
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or architecture()
+    required = {"FASTLLM_REQUIRE_NATIVE": "1", "FASTLLM_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
+    files = [f"tests/{name}" for name in [*KERNEL_TESTS, "test_contract.py", "test_opinfo.py"]]
     suite = [*pytest, "tests", "-x", "--ignore=tests/test_build.py", "--ignore=tests/test_benchmarks.py"]
     bench = [python, "benchmarks/run.py", "--device", "cuda", "--out", str(out)]
+
+    def on_device(backend: str) -> tuple[str, list[str], dict[str, str], int]:
+        env = {"FASTLLM_TEST_DEVICE": "cuda", "FASTLLM_BACKEND": backend, "FASTLLM_CHECK": "1"}
+        return f"device, {backend}", [*pytest, *files, "-k", ON_DEVICE, "--maxfail=30"], env, 150
+
+    def sanitized(tool: str) -> tuple[str, list[str], dict[str, str], int]:
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest, "tests/test_gpu.py", "-k", FEW]
+        return f"sanitizer, {tool}", command, {}, 120
+
     return {
-        "build": [(build, {"FASTLLM_REQUIRE_NATIVE": "1"}, 300)],
-        "gpu": [([*pytest, "tests/test_gpu.py"], {}, 300)],
-        "suite": [(suite, {}, 300)],
-        "sanitizer": checks,
-        "bench": [(bench, {}, 400)],
+        "build": [("build", build, required, 300)],
+        "gpu": [("gpu", [*pytest, "tests/test_gpu.py"], {}, 240)],
+        "device": [on_device(backend) for backend in BACKENDS],
+        "sanitizer": [sanitized(tool) for tool in ("memcheck", "racecheck")],
+        "bench": [("bench", bench, {}, 300)],
+        "suite": [("suite", suite, {}, 300)],
     }
 
 
@@ -60,7 +86,8 @@ def run(name: str, command: list[str], env: dict[str, str], seconds: int, log: P
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
-    parser.add_argument("--parts", default="build,gpu,bench,sanitizer,suite", help="in the order given")
+    parser.add_argument("--parts", default="build,gpu,bench,device,sanitizer,suite", help="in the order given")
+    parser.add_argument("--seconds", type=int, default=530, help="for all parts together")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     parts = commands(options.out.absolute())
@@ -68,14 +95,18 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown parts: {', '.join(sorted(unknown))}; known: {', '.join(parts)}")
     lines, failed = ["| part | result | seconds |", "| --- | --- | --- |"], False
-    for name in options.parts.split(","):
-        log = options.out / f"{name}.log"
+    end = time.monotonic() + options.seconds
+    for part in options.parts.split(","):
+        log = options.out / f"{part}.log"
         log.unlink(missing_ok=True)
-        for command, env, seconds in parts[name]:
-            ended, took = run(name, command, env, seconds, log)
+        for title, command, env, seconds in parts[part]:
+            left = int(end - time.monotonic())
+            ended, took = (
+                run(title, command, env, min(seconds, left), log) if left > 5 else ("not run: no time left", 0)
+            )
             failed |= not ended.startswith("passed")
-            lines.append(f"| {name} | {ended} | {took:.0f} |")
-            print(f"{name}: {ended} in {took:.0f} s (output in {log})", flush=True)
+            lines.append(f"| {title} | {ended} | {took:.0f} |")
+            print(f"{title}: {ended} in {took:.0f} s (output in {log})", flush=True)
     (options.out / "check.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     return int(failed)

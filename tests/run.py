@@ -52,7 +52,16 @@ def run_suite(extra: list[str]) -> bool:
     for capability in other_instruction_sets():
         env = {"ATEN_CPU_CAPABILITY": capability}
         ok &= run_pytest(f"kernels with ATEN_CPU_CAPABILITY={capability}", [*files, "-k", "not compile", *extra], env)
+    ok &= run_played(extra)
     return ok & run_interpreted(extra)
+
+
+def run_played(extra: list[str]) -> bool:
+    """The contract on the CUDA C++ backend, its blocks of threads played on the CPU (tests/cuda_host)."""
+    env = {"FASTLLM_CUDA_HOST": "1", "FASTLLM_BACKEND": "cuda"}
+    files = [*(ROOT / "tests" / name for name in [*KERNEL_TESTS, "test_contract.py", "test_opinfo.py"])]
+    files += sorted((ROOT / "tests").glob("test_cuda_*.py"))
+    return run_pytest("all CUDA kernels, played on the CPU", [*map(str, files), "-k", SMALL_ENOUGH, *extra], env)
 
 
 def run_interpreted(extra: list[str]) -> bool:

@@ -100,6 +100,19 @@ def test_gradient_of_probabilities():
     assert torch.autograd.gradcheck(lambda x, q: F.cross_entropy(x, q, label_smoothing=0.1), [x, q])
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_gradient_of_class_weights(reduction):
+    """PyTorch differentiates by the weights under class probabilities, and refuses to with class indices."""
+    x, q = torch.randn(2, 5, 3, requires_grad=True), torch.rand(2, 5, 3)
+    w = torch.rand(5, requires_grad=True)
+    ours, theirs = (f(x, q, w, reduction=reduction, label_smoothing=0.1) for f in (F.cross_entropy, TF.cross_entropy))
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours.sum(), [x, w]), torch.autograd.grad(theirs.sum(), [x, w]), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(RuntimeError, match="^cross_entropy: weight must not require a gradient"):
+        F.cross_entropy(x, q.argmax(1), w)
+
+
 def test_confident_rows_keep_their_gradient():
     """p - 1 at the true class, formed before it is rounded: rounding p first would give 0."""
     x = torch.tensor([[12.0, 0.0, 0.0]], dtype=torch.bfloat16)

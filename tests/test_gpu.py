@@ -1,7 +1,7 @@
 """The contract on a GPU: every case of ``operations.py`` on CUDA tensors, and what only a device can show.
 
-``make gpu-check`` runs this. Without a GPU the file is skipped; FASTLLM_TEST_DEVICE=cpu with TRITON_INTERPRET=1 runs the
-parts that need none, so that the tests themselves are tested.
+``make gpu-check`` runs this. Without a GPU the file is skipped; FASTLLM_TEST_DEVICE=cpu with TRITON_INTERPRET=1 or
+FASTLLM_CUDA_HOST=1 runs the parts that need none, so that the tests themselves are tested.
 """
 
 import os
@@ -21,7 +21,8 @@ from fastllm.models import MLPLanguageModel
 DEVICE = os.environ.get("FASTLLM_TEST_DEVICE", "cuda")
 if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
-BACKENDS = [b for b in ("cuda", "triton") if fastllm.backends.TABLE[b].missing is None]
+TABLE = fastllm.backends.TABLE
+BACKENDS = [b for b in ("cuda", "triton") if TABLE[b].missing is None and DEVICE in TABLE[b].device_types]
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 

@@ -103,3 +103,30 @@ def test_gradient_of_probabilities():
     x, w = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (5, 4)))
     q = torch.softmax(torch.randn(3, 5, dtype=torch.float64), 1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, w, q: F.linear_cross_entropy(x, w, q), [x, w, q])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_gradients_of_an_input_without_features(reduction):
+    """Only the bias has something to learn; its gradient starts in memory that held NaN."""
+    y = torch.tensor([3, -100, 0])
+    for _ in range(3):
+        held = [torch.full((7,), float("nan"), dtype=torch.float64) for _ in range(50)]
+        del held
+        x, w = torch.randn(3, 0).double().requires_grad_(), torch.randn(7, 0).double().requires_grad_()
+        b = torch.randn(7).double().requires_grad_()
+        check_against_float64(
+            lambda x, w, b: F.linear_cross_entropy(x, w, y, linear_bias=b, reduction=reduction),
+            lambda x, w, b: TF.cross_entropy(TF.linear(x, w, b), y, reduction=reduction),
+            [x, w, b],
+        )
+
+
+def test_gradient_of_class_weights():
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    q, classes = torch.rand(3, 5), torch.rand(5, requires_grad=True)
+    ours = F.linear_cross_entropy(x, w, q, weight=classes)
+    theirs = TF.cross_entropy(TF.linear(x, w), q, classes)
+    torch.testing.assert_close(ours, theirs)
+    wanted = [x, w, classes]
+    for a, b in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True):
+        torch.testing.assert_close(a, b)

@@ -13,42 +13,50 @@ constexpr int kThreads = 256;
 constexpr int kInFlight = 4;          // vectors that a thread loads before it uses the first
 constexpr int64_t kMaxBlocks = 1056;  // eight on each of 132 multiprocessors; fixed, for the sums' order depends on it
 
+// What one pass makes: of all elements a sum, the gradient of the sum, or both; of each element its loss or its
+// gradient.
+enum class Pass { kSum, kSumAndGrad, kSumGrad, kEach, kEachGrad };
+constexpr bool makes_sum(Pass p) { return p == Pass::kSum || p == Pass::kSumAndGrad; }
+constexpr bool makes_grad(Pass p) { return p == Pass::kSumAndGrad || p == Pass::kSumGrad || p == Pass::kEachGrad; }
+constexpr bool is_reduced(Pass p) { return p != Pass::kEach && p != Pass::kEachGrad; }
+
 template <class T>
 struct Arrays {
   const T *input, *target, *weight, *incoming;
   T *output, *grad;
-  bool reduced;
 };
 
-// The terms of one element; scale is 2 incoming / divisor where the loss is reduced.
-template <class T>
-FASTLLM_DEVICE Acc<T> element(const Arrays<T>& a, int64_t i, Acc<T> x, Acc<T> t, Acc<T> w, Acc<T> scale, T* grad) {
-  const Acc<T> d = x - t, wd = w * d;
-  if (a.grad != nullptr) {
-    const Acc<T> s = a.reduced || a.incoming == nullptr ? scale : 2 * load_acc(a.incoming + i);
-    *grad = narrow<T>(wd * s);
+// N elements from i on; returns the sum of their losses. scale is 2 incoming / divisor where the loss is reduced.
+template <Pass pass, bool weighted, int N, class T>
+FASTLLM_DEVICE Acc<T> elements_at(const Arrays<T>& a, int64_t i, const Vec<T, N>& x, const Vec<T, N>& t, Acc<T> scale) {
+  using A = Acc<T>;
+  Vec<T, N> w, incoming, result;
+  if constexpr (weighted) w = load_vec_streaming<N>(a.weight + i);
+  if constexpr (pass == Pass::kEachGrad) incoming = load_vec_streaming<N>(a.incoming + i);
+  A sum = 0;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const A d = widen(x.items[j]) - widen(t.items[j]);
+    A wd = d;
+    if constexpr (weighted) wd *= widen(w.items[j]);
+    if constexpr (pass == Pass::kEachGrad) scale = 2 * widen(incoming.items[j]);
+    if constexpr (makes_grad(pass)) result.items[j] = narrow<T>(wd * scale);
+    if constexpr (pass == Pass::kEach) result.items[j] = narrow<T>(wd * d);
+    sum += wd * d;
   }
-  return wd * d;
-}
-
-template <class T>
-FASTLLM_DEVICE Acc<T> one(const Arrays<T>& a, int64_t i, Acc<T> scale) {
-  T grad{};
-  const Acc<T> w = a.weight != nullptr ? load_acc(a.weight + i) : Acc<T>(1);
-  const Acc<T> loss = element(a, i, load_acc(a.input + i), load_acc(a.target + i), w, scale, &grad);
-  if (a.grad != nullptr) store(a.grad + i, grad);
-  if (!a.reduced && a.output != nullptr) store(a.output + i, narrow<T>(loss));
-  return loss;
+  if constexpr (makes_grad(pass)) store_vec_streaming(a.grad + i, result);
+  if constexpr (pass == Pass::kEach) store_vec_streaming(a.output + i, result);
+  return sum;
 }
 
 // Elements [0, head) and the last ones, outside whole vectors, are the first block's.
-template <class T>
+template <class T, Pass pass, bool weighted>
 __global__ void __launch_bounds__(kThreads)
     elements(Arrays<T> a, const Acc<T>* divisor, bool correct, int64_t count, int64_t head, Acc<T>* partial) {
   using A = Acc<T>;
   constexpr int N = kVec<T>;
   A scale = 2;
-  if (a.reduced && a.grad != nullptr) {
+  if constexpr (is_reduced(pass) && makes_grad(pass)) {
     const A incoming = a.incoming != nullptr ? load_acc(a.incoming) : A(1);
     if (correct && incoming == A(1)) return;
     scale *= incoming;
@@ -57,39 +65,32 @@ __global__ void __launch_bounds__(kThreads)
   A sum = 0;
   const int64_t vectors = (count - head) / N, stride = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const T *input = a.input + head, *target = a.target + head;
   for (int64_t v = first; v < vectors; v += kInFlight * stride) {
     Vec<T, N> x[kInFlight], t[kInFlight];
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       if (v + k * stride >= vectors) break;
-      x[k] = load_vec_streaming<N>(a.input + head + (v + k * stride) * N);
-      t[k] = load_vec_streaming<N>(a.target + head + (v + k * stride) * N);
+      x[k] = load_vec_streaming<N>(input + (v + k * stride) * N);
+      t[k] = load_vec_streaming<N>(target + (v + k * stride) * N);
     }
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       if (v + k * stride >= vectors) break;
-      const int64_t i = head + (v + k * stride) * N;
-      Vec<T, N> w, grad, loss;
-      if (a.weight != nullptr) w = load_vec_streaming<N>(a.weight + i);
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const A one_weight = a.weight != nullptr ? widen(w.items[j]) : A(1);
-        const A term = element(a, i + j, widen(x[k].items[j]), widen(t[k].items[j]), one_weight, scale, &grad.items[j]);
-        loss.items[j] = narrow<T>(term);
-        sum += term;
-      }
-      if (a.grad != nullptr) store_vec_streaming(a.grad + i, grad);
-      if (!a.reduced && a.output != nullptr) store_vec_streaming(a.output + i, loss);
+      sum += elements_at<pass, weighted>(a, head + (v + k * stride) * N, x[k], t[k], scale);
     }
   }
   if (blockIdx.x == 0) {
-    const int64_t tail = head + vectors * N;
-    for (int64_t i = threadIdx.x; i < head; i += kThreads) sum += one(a, i, scale);
-    for (int64_t i = tail + threadIdx.x; i < count; i += kThreads) sum += one(a, i, scale);
+    const auto one = [&](int64_t i) {
+      return elements_at<pass, weighted>(a, i, load_vec<1>(a.input + i), load_vec<1>(a.target + i), scale);
+    };
+    for (int64_t i = threadIdx.x; i < head; i += kThreads) sum += one(i);
+    for (int64_t i = head + vectors * N + threadIdx.x; i < count; i += kThreads) sum += one(i);
   }
-  if (partial == nullptr) return;
-  sum = reduce_block(sum, A(0), Sum(), reinterpret_cast<A*>(shared_memory()));
-  if (threadIdx.x == 0) store(partial + blockIdx.x, sum);
+  if constexpr (makes_sum(pass)) {
+    sum = reduce_block(sum, A(0), Sum(), reinterpret_cast<A*>(shared_memory()));
+    if (threadIdx.x == 0) store(partial + blockIdx.x, sum);
+  }
 }
 
 template <class T>
@@ -102,31 +103,40 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) store(output, narrow<T>(divisor != nullptr ? sum / load(divisor) : sum));
 }
 
+// Vectors where every array lies at one distance from a 16-byte boundary; else all elements are outside vectors.
+template <class T>
+int64_t head_of(const MseLoss& m) {
+  const auto offset = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16; };
+  const void* arrays[] = {m.input, m.target, m.weight, m.reduced ? nullptr : m.output, m.reduced ? nullptr : m.incoming,
+                          m.grad};
+  for (const void* p : arrays)
+    if (p != nullptr && offset(p) != offset(m.input)) return m.count;
+  const int64_t to_boundary = static_cast<int64_t>((16 - offset(m.input)) % 16 / sizeof(T));
+  return to_boundary < m.count ? to_boundary : m.count;
+}
+
+template <class T, Pass pass>
+Status run_pass(const MseLoss& m, Stream stream) {
+  using A = Acc<T>;
+  const Arrays<T> a{static_cast<const T*>(m.input),    static_cast<const T*>(m.target), static_cast<const T*>(m.weight),
+                    static_cast<const T*>(m.incoming), static_cast<T*>(m.output),       static_cast<T*>(m.grad)};
+  const int64_t blocks = mse_loss_blocks(m.count);
+  A* partial = static_cast<A*>(m.partial);
+  const A* divisor = static_cast<const A*>(m.divisor);
+  constexpr size_t kScratch = kWarp * sizeof(A);
+  const auto kernel = m.weight != nullptr ? elements<T, pass, true> : elements<T, pass, false>;
+  const Status status =
+      launch(kernel, {blocks, kThreads, kScratch}, stream, a, divisor, m.correct, m.count, head_of<T>(m), partial);
+  if (status != 0 || !makes_sum(pass)) return status;
+  return launch(finish<T>, {1, kThreads, kScratch}, stream, partial, blocks, divisor, static_cast<T*>(m.output));
+}
+
 template <class T>
 Status run(const MseLoss& m, Stream stream) {
-  using A = Acc<T>;
-  const Arrays<T> a{static_cast<const T*>(m.input),
-                    static_cast<const T*>(m.target),
-                    static_cast<const T*>(m.weight),
-                    static_cast<const T*>(m.incoming),
-                    static_cast<T*>(m.output),
-                    static_cast<T*>(m.grad),
-                    m.reduced};
-  // Vectors where every array lies at one distance from a 16-byte boundary; else all elements are "head".
-  const auto offset = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16; };
-  const void* arrays[] = {m.input, m.target, m.weight, m.reduced ? nullptr : m.output, m.grad};
-  bool together = true;
-  for (const void* p : arrays) together = together && (p == nullptr || offset(p) == offset(m.input));
-  const int64_t to_boundary = static_cast<int64_t>((16 - offset(m.input)) % 16 / sizeof(T));
-  const int64_t head = together && to_boundary < m.count ? to_boundary : m.count;
-  const int64_t blocks = mse_loss_blocks(m.count);
-  A* partial = m.reduced && m.output != nullptr ? static_cast<A*>(m.partial) : nullptr;
-  const A* divisor = static_cast<const A*>(m.divisor);
-  const Status status =
-      launch(elements<T>, {blocks, kThreads, kWarp * sizeof(A)}, stream, a, divisor, m.correct, m.count, head, partial);
-  if (status != 0 || partial == nullptr) return status;
-  return launch(finish<T>, {1, kThreads, kWarp * sizeof(A)}, stream, partial, blocks, divisor,
-                static_cast<T*>(m.output));
+  if (!m.reduced)
+    return m.grad != nullptr ? run_pass<T, Pass::kEachGrad>(m, stream) : run_pass<T, Pass::kEach>(m, stream);
+  if (m.output == nullptr) return run_pass<T, Pass::kSumGrad>(m, stream);
+  return m.grad != nullptr ? run_pass<T, Pass::kSumAndGrad>(m, stream) : run_pass<T, Pass::kSum>(m, stream);
 }
 
 }  // namespace

@@ -10,10 +10,10 @@ struct MseLoss {
   const void *input, *target, *weight;  // weight may be null
   bool reduced;                         // mean or sum, else none
   const void* divisor;                  // acc, one; null counts as 1
-  const void* incoming;                 // gradient of the output: one item, or `count` without reduction; null: ones
+  const void* incoming;                 // gradient of the output: one item (null: 1), or `count` without reduction
   bool correct;                         // write no gradient where `incoming` is 1
   void* output;                         // one item, or `count` without reduction; null: no loss
-  void* grad;                           // count; null: no gradient
+  void* grad;                           // count; null: no gradient. Without reduction: this or output
   void* partial;                        // acc, mse_loss_blocks(count), where the loss is reduced
 };
 

@@ -154,7 +154,7 @@ FASTLLM_DEVICE int cluster_rank() {
 }
 // Every thread of every block of the cluster; orders their shared-memory accesses.
 FASTLLM_DEVICE void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 // Where the shared memory of block `rank` holds what `p` is in this block's.
 template <class T>

@@ -58,9 +58,17 @@ void check_class_weight(const char* op, const OptionalTensor& weight, const Tens
               weight->device());
 }
 
+at::ScalarType probability_dtype(const Tensor& input, const Tensor& target, const OptionalTensor& weight) {
+  const at::ScalarType dtype = at::promote_types(input.scalar_type(), target.scalar_type());
+  return defined(weight) && weight->is_floating_point() ? at::promote_types(dtype, weight->scalar_type()) : dtype;
+}
+
 RowLoss::RowLoss(const char* op, at::ScalarType dtype, int64_t classes, const Tensor& target,
                  const OptionalTensor& weight, const CrossEntropyOptions& options)
     : options_(options), classes_(classes), probabilities_(target.is_floating_point()), target_(target.contiguous()) {
+  // Probabilities of no class have no memory, and the kernel takes a null pointer for class indices.
+  TORCH_CHECK_VALUE(classes > 0 || !probabilities_, op, ": class probabilities must be of at least one class, got ",
+                    target.sizes());
   const at::ScalarType acc = acc_dtype(dtype);
   dtype_ = dtype == at::kFloat      ? DType::kF32
            : dtype == at::kDouble   ? DType::kF64

@@ -25,6 +25,9 @@ at::Tensor checked_indices(const char* op, const at::Tensor& target);
 void check_class_weight(const char* op, const OptionalTensor& weight, const at::Tensor& like,
                         const c10::SymInt& classes);
 
+// The dtype of a loss with class probabilities: PyTorch multiplies logits, probabilities and weights, and promotes.
+at::ScalarType probability_dtype(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight);
+
 // A loss over rows, prepared on the CPU: targets checked (IndexError), divisor and weights known.
 class RowLoss {
  public:

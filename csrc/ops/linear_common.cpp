@@ -1,5 +1,7 @@
 #include "linear_common.h"
 
+#include <ATen/ExpandUtils.h>
+
 #include "../cpu/linear_relu.h"
 #include "gemm.h"
 
@@ -29,6 +31,14 @@ void check_linear(const char* op, const char* input_name, const Tensor& input, c
               input.scalar_type(), ", got ", bias->scalar_type());
   TORCH_CHECK(bias->device() == input.device(), op, ": ", bias_name, " must be on ", input_name, "'s device ",
               input.device(), ", got ", bias->device());
+}
+
+bool broadcasts_bias(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  if (!defined(bias) || !weight.defined() || !input.defined() || weight.dim() != 2 || input.dim() == 0) return false;
+  if (bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)) return false;
+  std::vector<c10::SymInt> output = input.sym_sizes().vec();
+  output.back() = weight.sym_size(0);
+  return at::is_expandable_to(bias->sym_sizes(), output);
 }
 
 namespace {
@@ -65,7 +75,7 @@ bool try_small_product(const Tensor& c, const Tensor& a, const Tensor& b, const 
   s.rows = a.size(0);
   s.inner = a.size(1);
   s.columns = b.size(1);
-  if (s.inner == 0) return false;
+  if (s.inner == 0 || c.numel() == 0) return false;  // the kernel visits no row: column_sums would stay as they are
   cpu::linear_relu().small_product(s);
   return true;
 }

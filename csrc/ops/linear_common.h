@@ -9,6 +9,9 @@ namespace fastllm {
 void check_linear(const char* op, const char* input_name, const Tensor& input, const char* weight_name,
                   const Tensor& weight, const char* bias_name, const OptionalTensor& bias);
 
+// Whether PyTorch's linear would expand the bias to its output: any other shape than one number for each feature.
+bool broadcasts_bias(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+
 // input (M, K), weight (N, K): input weight^T + bias, and its ReLU where asked; rounded once.
 Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu);
 

@@ -350,29 +350,36 @@ Tensor linear_cross_entropy(const Tensor& input, const Tensor& linear_weight, co
   TORCH_CHECK(target.device() == input.device(), op, ": target must be on input's device ", input.device(), ", got ",
               target.device());
   Tensor y = single ? target.unsqueeze(0) : target;
+  OptionalTensor w = weight;
   if (probabilities) {
     TORCH_CHECK(target.is_floating_point(), op, ": target of class probabilities must be floating point, got ",
                 target.scalar_type());
     y = y.to(x.scalar_type());
+    if (defined(weight)) w = weight->to(x.scalar_type());
   } else {
-    TORCH_CHECK_VALUE(y.dim() == 0 || y.sym_size(0) == x.sym_size(0), op, ": target must have input's batch size ",
+    if (single && target.dim() == 1) y = target;
+    TORCH_CHECK_VALUE(y.dim() > 0 && y.sym_size(0) == x.sym_size(0), op, ": target must have input's batch size ",
                       x.sym_size(0), ", got ", target.sym_sizes());
     TORCH_CHECK(y.dim() == 1, op, ": target must be of shape (", x.sym_size(0),
                 ",) or hold class probabilities of shape (", x.sym_size(0), ", ", classes, "), got ",
                 target.sym_sizes());
     y = checked_indices(op, y);
   }
-  check_class_weight(op, weight, x, classes);
-  TORCH_CHECK(!(requires_grad(weight) && at::GradMode::is_enabled()), op,
+  check_class_weight(op, w, x, classes);
+  const bool weight_gradient = requires_grad(w) && at::GradMode::is_enabled();
+  TORCH_CHECK(probabilities || !weight_gradient, op,
               ": weight must not require a gradient (pass weight.detach()), got one that does");
   Tensor output;
-  if (at::GradMode::is_enabled() &&
-      (x.requires_grad() || linear_weight.requires_grad() || requires_grad(linear_bias) || y.requires_grad())) {
-    output = Node::apply(x, linear_weight, y, linear_bias, weight, reduction, ignore_index, label_smoothing,
+  if (probabilities && (weight_gradient || classes == 0)) {
+    output = definition({x, linear_weight, y, linear_bias.value_or(Tensor())}, w,
+                        {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)});
+  } else if (at::GradMode::is_enabled() &&
+             (x.requires_grad() || linear_weight.requires_grad() || requires_grad(linear_bias) || y.requires_grad())) {
+    output = Node::apply(x, linear_weight, y, linear_bias, w, reduction, ignore_index, label_smoothing,
                          lse_square_scale, softcap);
   } else {
     at::AutoDispatchBelowADInplaceOrView below;
-    output = std::get<0>(forward_op().call(x, linear_weight, y, linear_bias, weight, reduction, ignore_index,
+    output = std::get<0>(forward_op().call(x, linear_weight, y, linear_bias, w, reduction, ignore_index,
                                            label_smoothing, lse_square_scale, softcap, false, false, false));
   }
   return single && reduction == kNone ? output.squeeze(0) : output;
@@ -391,11 +398,12 @@ Tensor linear_cross_entropy_autocast(const Tensor& input, const Tensor& linear_w
                               ignore_index, label_smoothing, lse_square_scale, softcap);
 }
 
-Tensor in_input_dtype(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                      const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
-  return linear_cross_entropy(input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
-                              label_smoothing, lse_square_scale, softcap)
-      .to(input.scalar_type());
+// The loss in the dtype that PyTorch gives it: input's, or what input, probabilities and weight are promoted to.
+Tensor in_loss_dtype(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                     const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
+  const Tensor loss = linear_cross_entropy(input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+                                           label_smoothing, lse_square_scale, softcap);
+  return loss.to(target.is_floating_point() ? probability_dtype(input, target, weight) : input.scalar_type());
 }
 
 TORCH_LIBRARY_FRAGMENT(fastllm, m) {
@@ -415,9 +423,9 @@ TORCH_LIBRARY_FRAGMENT(fastllm, m) {
       "Tensor grad_bias)");
   m.def("linear_cross_entropy_scale_(Tensor grad_output, Tensor(a!) grad) -> ()");
 }
-TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("linear_cross_entropy", in_input_dtype); }
+TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("linear_cross_entropy", in_loss_dtype); }
 TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
-  m.impl("linear_cross_entropy", in_input_dtype);
+  m.impl("linear_cross_entropy", in_loss_dtype);
   m.impl("linear_cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("linear_cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("linear_cross_entropy_scale_", torch::autograd::autogradNotImplementedFallback());

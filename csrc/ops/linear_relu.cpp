@@ -81,7 +81,8 @@ class Node : public torch::autograd::Function<Node> {
 
 Tensor linear_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   check_given("linear_relu", "weight", weight);
-  if (weight.dim() == 1) return definition(input, weight, bias);  // one feature without a dimension: PyTorch's
+  // One feature without a dimension, or a bias to be expanded: PyTorch's.
+  if (weight.dim() == 1 || broadcasts_bias(input, weight, bias)) return definition(input, weight, bias);
   check_linear("linear_relu", "input", input, "weight", weight, "bias", bias);
   const Tensor rows = as_rows(input);
   Tensor output;

@@ -1,13 +1,14 @@
 """The CUDA kernels on the CPU: builds csrc/cuda and its torch-facing layer with the host compiler and loads them.
 
 ``FASTLLM_CUDA_HOST=1`` makes tests/conftest.py call :func:`enable`: backend ``cuda`` then serves CPU tensors, every
-thread of every block played by a fiber (emulator.cpp). ``FASTLLM_CUDA_HOST_SANITIZE=1`` builds without optimization and
-with the undefined-behavior sanitizer's checks as errors.
+thread of every block played by a fiber (emulator.cpp). ``FASTLLM_CUDA_HOST_LIBRARY`` names another library to load.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -20,7 +21,9 @@ from torch.utils import cpp_extension
 import fastllm
 from fastllm import _native
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+BUILD = ROOT / "build" / "cuda_host"
 CUDA = 2  # the backend's number in csrc/ops/backend.h
 FLAGS = [
     "-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=fast", "-Wall", "-Wextra",
@@ -29,39 +32,60 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def kernel_sources(root: Path = ROOT) -> list[Path]:
-    return sorted((root / "csrc" / "cuda").glob("*.cu"))
-
-
-def build(kernels: Path = ROOT, name: str = "cuda_host") -> Path:
-    """The library, built by ninja where a source is newer; ``kernels``: the tree whose csrc/cuda is taken."""
+def _ninja(out: Path, sources: dict[str, Path], library: Path, link: str, objects: tuple[Path, ...] = ()) -> Path:
+    """Compile ``sources`` (object: source), link them and ``objects``; what is up to date stays."""
     import ninja
 
-    out = ROOT / "build" / name
     out.mkdir(parents=True, exist_ok=True)
-    here = Path(__file__).parent
-    layer = [*sorted((ROOT / "csrc" / "ops" / "cuda").glob("*.cpp")), here / "emulator.cpp"]
-    includes = " ".join(f"-isystem '{path}'" for path in cpp_extension.include_paths())
-    folders = " ".join(f"-L'{path}'" for path in cpp_extension.library_paths())
     abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
-    library = out / f"lib{name}.so"
+    includes = " ".join(f"-isystem '{path}'" for path in cpp_extension.include_paths())
     lines = [
         "rule compile",
-        f"  command = g++ -MMD -MF $out.d {' '.join(FLAGS)} -D_GLIBCXX_USE_CXX11_ABI={abi} -I'{here}' {includes} "
+        f"  command = g++ -MMD -MF $out.d {' '.join(FLAGS)} -D_GLIBCXX_USE_CXX11_ABI={abi} -I'{HERE}' {includes} "
         "-x c++ -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = g++ $in -shared {folders} -ltorch -ltorch_cpu -lc10 -ldl -o $out",
+        f"  command = g++ $in -shared {link} -o $out",
+        *(f"build {obj}: compile {source}" for obj, source in sources.items()),
+        f"build {library}: link {' '.join([*sources, *map(str, objects)])}",
     ]
-    objects = []
-    for source in [*kernel_sources(kernels), *layer]:
-        objects.append(f"{source.stem}{'_layer' if source in layer else ''}.o")
-        lines.append(f"build {objects[-1]}: compile {source}")
-    lines.append(f"build {library}: link {' '.join(objects)}")
     (out / "build.ninja").write_text("\n".join(lines) + "\n")
     subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", out, "--quiet"], check=True, stdout=sys.stderr)
     return library
+
+
+def _link_torch() -> str:
+    return " ".join(f"-L'{path}'" for path in cpp_extension.library_paths()) + " -ltorch -ltorch_cpu -lc10 -ldl"
+
+
+def _sources() -> dict[str, Path]:
+    layer = [*sorted((ROOT / "csrc" / "ops" / "cuda").glob("*.cpp")), HERE / "emulator.cpp"]
+    kernels = {f"{source.stem}.o": source for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))}
+    return kernels | {f"{source.stem}_layer.o": source for source in layer}
+
+
+def build() -> Path:
+    """The kernels and their torch-facing layer, as one library."""
+    return _ninja(BUILD, _sources(), BUILD / "libcuda_host.so", _link_torch())
+
+
+def build_mutant(out: Path, kernel: str, file: str, old: str, new: str) -> Path:
+    """The library with one kernel compiled from a copy of csrc in which ``old`` in ``file`` became ``new``."""
+    build()
+    shutil.copytree(ROOT / "csrc", out / "csrc")
+    text = (out / "csrc" / "cuda" / file).read_text()
+    assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
+    (out / "csrc" / "cuda" / file).write_text(text.replace(old, new))
+    others = tuple(BUILD / obj for obj in _sources() if obj != f"{kernel}.o")
+    source = {f"{kernel}.o": out / "csrc" / "cuda" / f"{kernel}.cu"}
+    return _ninja(out, source, out / "libmutant.so", _link_torch(), others)
+
+
+def build_selftest() -> Path:
+    """Small kernels that break rules, and the emulator, without torch."""
+    sources = {"selftest.o": HERE / "selftest.cu", "emulator.o": HERE / "emulator.cpp"}
+    return _ninja(BUILD / "selftest", sources, BUILD / "selftest" / "libselftest.so", "")
 
 
 def _routed(operation: str) -> Callable:
@@ -80,11 +104,11 @@ def _routed(operation: str) -> Callable:
 _libraries: list[torch.library.Library] = []  # registrations last as long as these
 
 
-def enable(library: Path | None = None) -> None:
+def enable() -> None:
     """Let backend ``cuda`` serve CPU tensors in this process."""
     if _libraries:
         return
-    torch.ops.load_library(library or build())
+    torch.ops.load_library(os.environ.get("FASTLLM_CUDA_HOST_LIBRARY") or build())
     plain = torch.library.Library("fastllm", "IMPL")
     _libraries.append(plain)
     served = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastllm_cuda::")]

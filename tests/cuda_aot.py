@@ -1,0 +1,194 @@
+"""Compiles the CUDA kernels for GPUs that are not there, and reads what the compiler reports.
+
+Every ``csrc/cuda/*.cu`` is compiled by nvcc for sm_80, sm_90a and sm_100 with warnings as errors, and the torch-facing
+layer by the host compiler in its CUDA form, against the CUDA headers that every torch carries. A spilled register, a
+stack frame, or a kernel without the instructions that are meant is a failure. ``python tests/cuda_aot.py`` writes the
+report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = ("sm_80", "sm_90a", "sm_100")
+REPORT = ROOT / "benchmarks" / "results" / "cuda" / "compiled.md"
+# Instructions that each file's machine code must hold: 16-byte accesses, matrix units, asynchronous copies.
+WIDE = [r"LDG\.E\S*\.128", r"STG\.E\S*\.128"]
+INSTRUCTIONS = {
+    "mse_loss": dict.fromkeys(TARGETS, WIDE),
+}
+
+
+@dataclass
+class Kernel:
+    """What ptxas tells of one kernel."""
+
+    file: str
+    name: str
+    target: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+
+    @property
+    def failure(self) -> str | None:
+        if self.stack or self.spills:
+            return f"{self.file}: {self.name} for {self.target}: {self.stack} bytes of stack, {self.spills} spilled"
+        return None
+
+
+def setup_module() -> ModuleType:
+    """setup.py, for its flags and its search for the toolkit."""
+    spec = importlib.util.spec_from_file_location("fastllm_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    setup = setup_module()
+    try:
+        setup.find_cuda("13.0")
+    except setup.CannotBuild as reason:
+        return str(reason)
+    return None
+
+
+def kernel_files(kernels: Path = ROOT / "csrc" / "cuda") -> list[Path]:
+    return sorted(kernels.glob("*.cu"))
+
+
+def compile_all(out: Path) -> str:
+    """Compile kernels and torch-facing layer into ``out`` with ninja; the compilers' output if one fails, else ""."""
+    setup = setup_module()
+    cuda = setup.find_cuda("13.0")
+    architectures = " ".join(
+        f"-gencode=arch=compute_{target[3:]},code={target}" for target in TARGETS
+    )  # machine code alone: no PTX to assemble
+    nvcc_flags = " ".join([*setup.NVCC_FLAGS, "-Werror=all-warnings", "-Xptxas=-v"])
+    flags = " ".join(
+        [*setup.COMMON_FLAGS, "-Werror", "-fsyntax-only", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
+        + [f"-isystem '{path}'" for path in [*cpp_extension.include_paths(), cuda.home / "include"]]
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [
+        "rule nvcc",
+        f"  command = {cuda.nvcc} -MD -MF $out.d {nvcc_flags} {architectures} -c $in -o $out > $out.log 2>&1 "
+        "|| (cat $out.log; false)",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule check",
+        f"  command = g++ -MMD -MF $out.d -MT $out {flags} $in && touch $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    for source in kernel_files():
+        lines.append(f"build {source.stem}.o: nvcc {source}")
+    layer = [*(ROOT / "csrc" / "cuda").glob("*.cpp"), *(ROOT / "csrc" / "ops" / "cuda").glob("*.cpp")]
+    for source in sorted(layer):
+        lines.append(f"build {source.stem}.checked: check {source}")
+    (out / "build.ninja").write_text("\n".join(lines) + "\n")
+    ninja = subprocess.run([setup.find_ninja(), "-C", out, "-k", "0"], capture_output=True, text=True)
+    return "" if ninja.returncode == 0 else ninja.stdout + ninja.stderr
+
+
+def read_report(file: str, log: str) -> Iterator[Kernel]:
+    """The kernels of a file, from what ``ptxas -v`` printed; those of CUDA's own libraries are left out."""
+    names = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", log)
+    clear = subprocess.run(["c++filt"], input="\n".join(n for n, _ in names), capture_output=True, text=True).stdout
+    parts = re.split(r"Compiling entry function '\w+' for '\w+'", log)[1:]
+    for (_, target), name, part in zip(names, clear.splitlines(), parts, strict=True):
+        if "cub::" in name.split("(")[0]:
+            continue
+        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        used = re.search(r"Used (\d+) registers", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        short = re.sub(r"\(anonymous namespace\)::|fastllm::cuda::|fastllm::|^void ", "", name)
+        yield Kernel(
+            file,
+            re.sub(r"\(.*$", "", short),
+            target,
+            int(used.group(1)),
+            int(frame.group(1)),
+            int(frame.group(2)) + int(frame.group(3)),
+            int(shared.group(1)) if shared else 0,
+        )
+
+
+def kernels_of(out: Path) -> list[Kernel]:
+    return [
+        k for source in kernel_files() for k in read_report(source.stem, (out / f"{source.stem}.o.log").read_text())
+    ]
+
+
+def disassembler() -> str | None:
+    """cuobjdump of the toolkit, or the one that Triton carries."""
+    found = shutil.which("cuobjdump")
+    if found is None and (spec := importlib.util.find_spec("triton")) is not None:
+        carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(carried) if carried.exists() else None
+    return found
+
+
+def missing_instructions(out: Path) -> list[str]:
+    """What the machine code lacks of INSTRUCTIONS."""
+    missing = []
+    for file, wanted in INSTRUCTIONS.items():
+        for target, patterns in wanted.items():
+            command = [disassembler(), "-sass", "-arch", target, out / f"{file}.o"]
+            code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            missing += [f"{file} for {target}: no {p}" for p in patterns if not re.search(p, code)]
+    return missing
+
+
+def table(kernels: list[Kernel]) -> str:
+    lines = [
+        "Registers of each CUDA kernel, as nvcc's assembler reports them. No kernel spills or has a stack frame; shared",
+        "memory is asked for at the launch, so that the compiler knows of none.",
+        "",
+        f"| file | kernel | {' | '.join(TARGETS)} |",
+        "| --- | --- |" + " --- |" * len(TARGETS),
+    ]
+    rows: dict[tuple[str, str], dict[str, int]] = {}
+    for k in kernels:
+        rows.setdefault((k.file, k.name), {})[k.target] = k.registers
+    for (file, name), registers in sorted(rows.items()):
+        lines.append(f"| {file} | `{name}` | {' | '.join(str(registers.get(t, '')) for t in TARGETS)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "cuda_aot", help="folder of the objects")
+    out = parser.parse_args().build
+    if reason := why_not():
+        print(reason)
+        return 1
+    if failed := compile_all(out):
+        print(failed)
+        return 1
+    kernels = kernels_of(out)
+    failures = [k.failure for k in kernels if k.failure] + missing_instructions(out)
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    REPORT.write_text(table(kernels))
+    print("\n".join(failures) or f"{len(kernels)} kernels, no spills; {REPORT}")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
