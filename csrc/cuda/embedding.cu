@@ -61,12 +61,17 @@ __global__ void __launch_bounds__(kGatherThreads) gather(const uint16_t* table, 
   }
 }
 
+// A warp to 2 KiB of a long row; narrow rows share a warp.
+int gather_team(int64_t words) {
+  if (words <= kWarp) return log2_ceil(words);
+  const int log2 = log2_ceil(ceil_div(words, kInFlight));
+  return log2 < 5 ? 5 : log2 > 8 ? 8 : log2;
+}
+
 template <int N, class Index>
 Status run_gather(const EmbeddingGather& g, Stream stream) {
   const int64_t words = g.row_bytes / (2 * N);
-  // A warp to 2 KiB of a long row; narrow rows share a warp.
-  const int log2 = words <= kWarp ? log2_ceil(words) : log2_ceil(ceil_div(words, kInFlight));
-  const int team = log2 < 5 && words > kWarp ? 5 : log2 > 8 ? 8 : log2;
+  const int team = gather_team(words);
   const int64_t blocks = words == 0 ? 0 : ceil_div(g.count << team, kGatherThreads);
   return launch(gather<N, Index>, {blocks, kGatherThreads}, stream, static_cast<const uint16_t*>(g.weight),
                 static_cast<const Index*>(g.ids), static_cast<uint16_t*>(g.output), g.count, g.rows, words, team);
@@ -155,8 +160,8 @@ struct Unit {
   int64_t chunk, begin, end, column;
   bool active;
 
-  FASTLLM_DEVICE explicit Unit(const Gradient<T>& g) {
-    const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, team = thread >> g.log2;
+  FASTLLM_DEVICE Unit(const Gradient<T>& g, int64_t block) {
+    const int64_t thread = block * kThreads + threadIdx.x, team = thread >> g.log2;
     chunk = team / g.slices;
     begin = chunk * g.chunk;
     end = begin + g.chunk < g.count ? begin + g.chunk : g.count;
@@ -170,7 +175,7 @@ struct Unit {
 
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads, kBlocks) sum_chunks(Gradient<T> g) {
-  const Unit<T, N> unit(g);
+  const Unit<T, N> unit(g, blockIdx.x);
   if (!unit.active) return;
   const uint32_t none = static_cast<uint32_t>(g.rows);
   uint32_t row = load(g.row_of + unit.begin);
@@ -225,8 +230,8 @@ FASTLLM_DEVICE int64_t lower_bound(const uint32_t* rows, int64_t low, int64_t hi
 
 // A row that begins in this team's chunk and goes on behind it.
 template <class T, int N>
-FASTLLM_DEVICE void add_parts(const Gradient<T>& g) {
-  const Unit<T, N> unit(g);
+FASTLLM_DEVICE void add_parts(const Gradient<T>& g, int64_t block) {
+  const Unit<T, N> unit(g, block);
   if (!unit.active || unit.end == g.count) return;
   const int64_t row = load(g.row_of + unit.end);
   if (row >= g.rows || load(g.row_of + unit.end - 1) != row) return;
@@ -281,13 +286,16 @@ FASTLLM_DEVICE void clear_absent(const Gradient<T>& g, int64_t first) {
   }
 }
 
-// The first `adding` blocks, which begin first, add parts; the others clear.
+// `adding` blocks add parts, `clearing` blocks clear, in turn while there are both: chains of parts begin early, and
+// the many blocks that find nothing to add leave no gap in the stores.
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads) finish_rows(Gradient<T> g, int64_t adding) {
-  if (blockIdx.x < adding) {
-    add_parts<T, N>(g);
+__global__ void __launch_bounds__(kThreads) finish_rows(Gradient<T> g, int64_t adding, int64_t clearing) {
+  const int64_t both = adding < clearing ? adding : clearing, block = blockIdx.x;
+  const int64_t index = block < 2 * both ? block / 2 : block - both;
+  if (block < 2 * both ? block % 2 == 0 : adding > clearing) {
+    add_parts<T, N>(g, index);
   } else {
-    const int64_t warp = (blockIdx.x - adding) * (kThreads / kWarp) + threadIdx.x / kWarp;
+    const int64_t warp = index * (kThreads / kWarp) + threadIdx.x / kWarp;
     clear_absent(g, warp * g.together);
   }
 }
@@ -317,7 +325,7 @@ Status run_sums(Gradient<T> g, Stream stream) {
   if (status != 0) return status;
   const int64_t adding = g.count > g.chunk ? divide<T, kParts>(&g) : 0;
   const int64_t clearing = ceil_div(ceil_div(g.rows, g.together), kThreads / kWarp);
-  return launch(finish_rows<T, kParts>, {adding + clearing, kThreads}, stream, g, adding);
+  return launch(finish_rows<T, kParts>, {adding + clearing, kThreads}, stream, g, adding, clearing);
 }
 
 template <class T>
