@@ -142,6 +142,7 @@ FASTLLM_DEVICE T shuffle_up(T value, int lanes) {
   return __shfl_up_sync(kFullWarp, value, lanes);
 }
 FASTLLM_DEVICE unsigned ballot(bool vote) { return __ballot_sync(kFullWarp, vote); }
+FASTLLM_DEVICE int count_bits(unsigned mask) { return __popc(mask); }
 
 // --- clusters of blocks (sm_90 and newer) -----------------------------------------------------------------------
 

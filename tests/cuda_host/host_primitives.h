@@ -127,6 +127,7 @@ inline unsigned ballot(bool vote) {
   for (int lane = 0; lane < 32; ++lane) mask |= static_cast<unsigned>(votes[lane]) << lane;
   return mask;
 }
+inline int count_bits(unsigned mask) { return __builtin_popcount(mask); }
 
 // --- clusters ---------------------------------------------------------------------------------------------------
 
