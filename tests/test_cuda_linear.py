@@ -78,9 +78,91 @@ def test_views_that_start_anywhere(way, name, offset):
     check_mlp(67, 72, 40, 24, torch.bfloat16, offset=offset)
 
 
-def mlp_inputs(dtype, m, h, k, n):
-    dy, hidden, x, w1, w2 = inputs(dtype, (m, n), (m, h), (m, k), (h, k), (n, h), grad=False)
-    return dy, hidden.relu(), x, w1, w2
+# Tiles of 128 x 256 x 64 where they give both multiprocessors of the played GPU one, else of 128 x 128 x 64.
+WGMMA = [(1, 8, 64), (128, 128, 64), (127, 136, 72), (129, 120, 8), (130, 264, 200), (300, 520, 136), (256, 256, 520)]
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("size", WGMMA, ids=str)
+def test_wgmma(way, size, dtype):
+    way("wgmma")
+    m, n, k = size
+    check(m, n, k, dtype, bias=m % 2 == 1)
+
+
+def test_wgmma_in_relu_mlp(way):
+    way("wgmma")
+    check_mlp(130, 72, 40, 24, torch.bfloat16)
+
+
+def test_wgmma_of_views(way):
+    """Rows apart, an inner size that is no whole piece of 16 bytes, a bias that starts anywhere even."""
+    way("wgmma")
+    x, w = inputs(torch.bfloat16, (70, 48), (136, 48), grad=False)
+    b = torch.randn(140).bfloat16()[2:138]
+    check_against_float64(F.linear_relu, reference, [x[:, :37], w[:, :37], b])
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("name", ["mma", "wgmma"])
+def test_nan_and_infinity(way, name, dtype):
+    way(name)
+    x, w = torch.randn(130, 64), torch.eye(64)
+    x[5, 3], x[129, 63], x[0, 0] = float("nan"), float("-inf"), -0.0
+    w[7, 7] = float("inf")
+    x, w = x.to(dtype), w.to(dtype)
+    torch.testing.assert_close(F.linear_relu(x, w), reference(x, w), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["plain", "mma"])
+def test_gradient_passes_where_hidden_is_nan(way, name):
+    way(name)
+    x, w1, w2 = inputs(torch.bfloat16, (5, 8), (16, 8), (8, 16))
+    x.data[2, 1] = float("nan")
+    results = []
+    for function in (F.relu_mlp, reference_mlp):
+        output = function(x, w1, None, w2, None)
+        results.append(torch.autograd.grad(output, [x, w1, w2], torch.ones_like(output)))
+    for ours, eager in zip(*results, strict=True):
+        assert torch.equal(ours.isnan(), eager.isnan())
+
+
+@pytest.mark.parametrize("name", ["plain", "mma", "wgmma"])
+def test_repeats_bit_for_bit(way, name):
+    way(name)
+    args = inputs(torch.bfloat16, (530, 64), (136, 64), (136,), (8, 136), (8,))
+
+    def run():
+        output = F.relu_mlp(*args)
+        return [output, *torch.autograd.grad(output, args, torch.ones_like(output))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["mma", "wgmma"])
+def test_rounds_once(way, name):
+    """Product and bias nearly cancel: rounding the product first would give a wrong sign."""
+    way(name)
+    x, w = torch.ones(4, 256).bfloat16(), torch.full((64, 256), 1 + 2**-7).bfloat16()
+    b = torch.full((64,), -257.0).bfloat16()
+    assert torch.equal(F.linear_relu(x, w, b), reference(x.double(), w.double(), b.double()).bfloat16())
+
+
+@pytest.mark.parametrize("name", ["plain", "mma", "wgmma"])
+@pytest.mark.parametrize("shape", [(0, 8, 8), (8, 0, 8), (8, 8, 0)], ids=str)
+def test_empty(way, name, shape):
+    way(name)
+    check(*shape, torch.bfloat16)
+    m, h, k = shape
+    check_mlp(m, h, k, 8, torch.bfloat16)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 8, 31, 40, 257, 2050])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW], ids=str)
+def test_passes_around_library_products(dtype, columns):
+    """Bias and ReLU, mask and sums: folded rows of every kind, more rows than a block walks at once."""
+    rows = 20000 if columns == 1 else 1100 if columns < 40 else 70
+    check(rows, columns, 3, dtype)
 
 
 def test_a_way_that_cannot_be_taken_is_refused(way):
@@ -91,6 +173,11 @@ def test_a_way_that_cannot_be_taken_is_refused(way):
     way("mma")
     with pytest.raises(RuntimeError, match="FASTLLM_CUDA_GEMM=mma needs bfloat16 or float16"):
         F.linear_relu(x, w)
+    with pytest.raises(RuntimeError, match="FASTLLM_CUDA_GEMM=mma needs bfloat16 or float16"):
+        F.relu_mlp(x, w, None, w, None)
+    way("wgmma")
+    with pytest.raises(RuntimeError, match="FASTLLM_CUDA_GEMM=wgmma needs rows of input, weight and output"):
+        F.linear_relu(torch.ones(4, 7).bfloat16(), torch.ones(8, 7).bfloat16())
     way("library")
     with pytest.raises(RuntimeError, match="needs cuBLASLt, which was not found"):
         F.linear_relu(x.bfloat16(), w.bfloat16())
