@@ -33,7 +33,7 @@ def inputs(dtype, *shapes, offset=0, grad=True):
     made = []
     for shape in shapes:
         count = torch.Size(shape).numel()
-        room = torch.randn(count + offset).to(dtype) * (shape[-1] ** -0.5 if len(shape) > 1 else 1)
+        room = torch.randn(count + offset).to(dtype) * (max(shape[-1], 1) ** -0.5 if len(shape) > 1 else 1)
         made.append(room[offset:].view(shape).detach().requires_grad_(grad))
     return made
 

@@ -54,7 +54,7 @@ FASTLLM_DEVICE void load_tile(T* to, const T* from, int64_t from_row, int64_t ro
       Vec<T, kPiece> items;
 #pragma unroll
       for (int j = 0; j < kPiece; ++j) items.items[j] = j < count ? load(source + j) : T{};
-      *reinterpret_cast<Vec<T, kPiece>*>(target) = items;
+      store_vec(target, items);
     }
   }
 }
@@ -107,7 +107,7 @@ FASTLLM_DEVICE void stage_output(float (&sums)[B::kRowFragments][B::kColumnFragm
         Vec<T, 2> pair;
         pair.items[0] = narrow<T>(relu_if(p.relu, sums[i][j][2 * half] + bias0));
         pair.items[1] = narrow<T>(relu_if(p.relu, sums[i][j][2 * half + 1] + bias1));
-        *reinterpret_cast<Vec<T, 2>*>(staged + (first_row + i * 16 + half * 8) * B::kPitch + first + j * 8) = pair;
+        store_vec(staged + (first_row + i * 16 + half * 8) * B::kPitch + first + j * 8, pair);
       }
   }
 }
@@ -123,7 +123,7 @@ FASTLLM_DEVICE void store_output(const Product& p, Tile tile, const T* staged, b
   float sums[kPiece] = {};
   for (int r = first; r < B::kRows && tile.row * B::kRows + r < p.rows && count > 0; r += B::kLanesDown) {
     const int64_t at = (tile.row * B::kRows + r) * p.columns + column;
-    Vec<T, kPiece> out = *reinterpret_cast<const Vec<T, kPiece>*>(staged + r * B::kPitch + piece * kPiece), mask;
+    Vec<T, kPiece> out = load_vec<kPiece>(staged + r * B::kPitch + piece * kPiece), mask;
     if (hidden != nullptr) {
       if (vectors)
         mask = load_vec<kPiece>(hidden + at);

@@ -83,7 +83,7 @@ FASTLLM_DEVICE void store_rows(const float (&sums)[N / 2], const Product& p, int
         Vec<T, 2> pair;
         pair.items[0] = narrow<T>(relu_if(p.relu, sums[i + 2 * half] + widen(added.items[0])));
         pair.items[1] = narrow<T>(relu_if(p.relu, sums[i + 2 * half + 1] + widen(added.items[1])));
-        *reinterpret_cast<Vec<T, 2>*>(staged + (lane / 4 + 8 * half) * kPitch + across) = pair;
+        store_vec(staged + (lane / 4 + 8 * half) * kPitch + across, pair);
       }
     }
     sync_warp();
@@ -91,7 +91,7 @@ FASTLLM_DEVICE void store_rows(const float (&sums)[N / 2], const Product& p, int
     for (int i = 0; i < kWarpRows / 4; ++i) {
       const int r = i * 4 + lane / 8, across = lane % 8 * 8;
       const int64_t c = column + slice * kSlice + across;
-      const auto out = *reinterpret_cast<const Vec<T, 8>*>(staged + r * kPitch + across);
+      const auto out = load_vec<8>(staged + r * kPitch + across);
       if (row + r < p.rows && c < p.columns) store_vec(static_cast<T*>(p.c) + (row + r) * p.columns + c, out);
     }
     sync_warp();

@@ -175,7 +175,8 @@ struct Products {
   std::deque<std::vector<One>> groups;
 };
 
-inline void wgmma_begin() {}
+// The real instructions are those of whole warps: no lane passes before the others have come.
+inline void wgmma_begin() { sync_warp(); }
 template <class T, int N>
 void wgmma(float (&sums)[N / 2], uint64_t a, uint64_t b, bool add) {
   under_way<Products>().open.push_back({multiply_described<T>, sums, N, a, b, add});
@@ -190,6 +191,7 @@ void wgmma_wait() {
   Products& mine = under_way<Products>();
   for (; mine.groups.size() > Pending; mine.groups.pop_front())
     for (const auto& one : mine.groups.front()) one.multiply(one.sums, one.columns, one.a, one.b, one.add);
+  sync_warp();
 }
 template <int Count>
 void hold(float (&)[Count]) {}
