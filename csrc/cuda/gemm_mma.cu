@@ -137,7 +137,7 @@ FASTLLM_DEVICE void store_output(const Product& p, Tile tile, const T* staged, b
       sums[j] += widen(out.items[j]);
     }
     if (vectors)
-      store_vec(c + at, out);
+      store_vec_cached(c + at, out);
     else
 #pragma unroll
       for (int j = 0; j < kPiece; ++j)

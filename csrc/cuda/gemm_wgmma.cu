@@ -92,7 +92,7 @@ FASTLLM_DEVICE void store_rows(const float (&sums)[N / 2], const Product& p, int
       const int r = i * 4 + lane / 8, across = lane % 8 * 8;
       const int64_t c = column + slice * kSlice + across;
       const auto out = load_vec<8>(staged + r * kPitch + across);
-      if (row + r < p.rows && c < p.columns) store_vec(static_cast<T*>(p.c) + (row + r) * p.columns + c, out);
+      if (row + r < p.rows && c < p.columns) store_vec_cached(static_cast<T*>(p.c) + (row + r) * p.columns + c, out);
     }
     sync_warp();
   }

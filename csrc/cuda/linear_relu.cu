@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) bias_relu_rows(T* y, const T* bias, 
       if (i + N <= f.count) {
 #pragma unroll
         for (int j = 0; j < N; ++j) v[k].items[j] = narrow<T>(relu(widen(v[k].items[j]) + b[j]));
-        store_vec(y + i, v[k]);
+        store_vec_cached(y + i, v[k]);
         continue;
       }
 #pragma unroll
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads) mask_rows(const T* dy, const T* y, T
           if constexpr (with_mask) d[k].items[j] = masked(d[k].items[j], m[k].items[j]);
           if constexpr (with_sums) sums[j] += widen(d[k].items[j]);
         }
-        if constexpr (with_mask) store_vec(dz + i, d[k]);
+        if constexpr (with_mask) store_vec_cached(dz + i, d[k]);
         continue;
       }
 #pragma unroll
