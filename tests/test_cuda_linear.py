@@ -78,8 +78,10 @@ def test_views_that_start_anywhere(way, name, offset):
     check_mlp(67, 72, 40, 24, torch.bfloat16, offset=offset)
 
 
-# Tiles of 128 x 256 x 64 where they give both multiprocessors of the played GPU one, else of 128 x 128 x 64.
-WGMMA = [(1, 8, 64), (128, 128, 64), (127, 136, 72), (129, 120, 8), (130, 264, 200), (300, 520, 136), (256, 256, 520)]
+# The played GPU has four multiprocessors. Two clusters' worth of tiles of 128 x 256 x 64 are taken by clusters of two
+# blocks, smaller outputs by blocks of their own in tiles of 128 x 128 x 64.
+WGMMA = [(1, 8, 64), (127, 136, 72), (129, 120, 8), (130, 1032, 24), (390, 264, 200), (300, 520, 136), (256, 512, 520)]
+WGMMA += [(256, 384, 136), (100, 776, 328)]
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -168,7 +170,9 @@ def test_passes_around_library_products(dtype, columns):
 def test_a_way_that_cannot_be_taken_is_refused(way):
     x, w = inputs(torch.float32, (4, 8), (8, 8), grad=False)
     way("fast")
-    with pytest.raises(RuntimeError, match="linear_relu: FASTLLM_CUDA_GEMM must be plain, library, mma or wgmma, got fast"):
+    with pytest.raises(
+        RuntimeError, match="linear_relu: FASTLLM_CUDA_GEMM must be plain, library, mma or wgmma, got fast"
+    ):
         F.linear_relu(x, w)
     way("mma")
     with pytest.raises(RuntimeError, match="FASTLLM_CUDA_GEMM=mma needs bfloat16 or float16"):

@@ -5,6 +5,10 @@
 // multiply them, 64 rows each, straight from shared memory. A block walks over output tiles, so that the copies for its
 // next tile go on while this one is stored. A stage is given back when the product after the one that read it is under
 // way, which keeps the tensor cores fed.
+//
+// Where tiles are many, two blocks of a cluster work on tiles one above the other: they need the same tile of b, of
+// which each copies one half into both. A multiprocessor then asks L2 for 32 KB instead of 48 for each step of 128 x
+// 256 x 64.
 #include "gemm.cuh"
 #include "hopper.cuh"
 
@@ -21,22 +25,31 @@ constexpr int kSlice = 64;          // columns that a warp stores at a time
 constexpr int kPitch = kSlice + 8;  // of its rows in shared memory: 16 bytes more, against bank conflicts
 constexpr int kWarpRows = 16, kConsumerWarps = 8;
 
-template <int N>
+// N: columns of a tile; Blocks: of a cluster.
+template <int N, int Blocks>
 struct Ring {
   static constexpr int kStages = N == 256 ? 4 : 6;
-  static constexpr int kLeft = kRows * kInner * 2, kStage = kLeft + N * kInner * 2;  // bytes
+  static constexpr int kLeft = kRows * kInner * 2, kShare = N / Blocks * kInner * 2;  // bytes
+  static constexpr int kStage = kLeft + Blocks * kShare;
   static constexpr int kStaging = kStages * kStage;
   static constexpr int kBarriers = kStaging + kConsumerWarps * kWarpRows * kPitch * 2;
   static constexpr size_t kShared = kBarriers + 2 * kStages * sizeof(uint64_t);
-  static_assert(kShared <= (227 << 10) && kStage % 1024 == 0);
+  static_assert(kShared <= (227 << 10) && kShare % 1024 == 0);
 
   char* memory;
-  uint64_t *full, *empty;  // a barrier each stage: its tiles have come; all consumers have left it
+  uint64_t *full, *empty;  // a barrier each stage: its tiles have come; the cluster's consumers have left it
   int stage = 0, parity = 0;
 
   FASTLLM_DEVICE explicit Ring(char* shared) : memory(shared) {
     full = reinterpret_cast<uint64_t*>(shared + kBarriers);
     empty = full + kStages;
+  }
+  FASTLLM_DEVICE void init() const {
+    for (int s = 0; s < kStages; ++s) {
+      mbarrier_init(full + s, 1);
+      mbarrier_init(empty + s, Blocks * kConsumerWarps);
+    }
+    mbarrier_init_done();
   }
   FASTLLM_DEVICE char* left() const { return memory + stage * kStage; }
   FASTLLM_DEVICE char* right() const { return left() + kLeft; }
@@ -48,21 +61,37 @@ struct Ring {
 };
 
 struct Grid {
-  int64_t row_tiles, column_tiles, steps;  // steps: tiles along the inner dimension
+  int64_t row_tiles, column_tiles;  // a cluster's tiles, one above the other, count as one
+  int64_t steps;                    // tiles along the inner dimension
 };
 
-template <int N>
-FASTLLM_DEVICE void copy_tiles(Ring<N> ring, const TensorMap* a, const TensorMap* b, const Grid& grid) {
-  for (int64_t t = blockIdx.x; t < grid.row_tiles * grid.column_tiles; t += gridDim.x) {
+// Calls f(row, column) with the first row and column of each tile of this block.
+template <int N, int Blocks, class F>
+FASTLLM_DEVICE void for_each_tile(const Grid& grid, const F& f) {
+  for (int64_t t = blockIdx.x / Blocks; t < grid.row_tiles * grid.column_tiles; t += gridDim.x / Blocks) {
     const Tile tile = tile_at(t, grid.row_tiles, grid.column_tiles);
+    f((tile.row * Blocks + blockIdx.x % Blocks) * kRows, tile.column * N);
+  }
+}
+
+template <int N, int Blocks>
+FASTLLM_DEVICE void copy_tiles(Ring<N, Blocks> ring, const TensorMap* a, const TensorMap* b, const Grid& grid) {
+  for_each_tile<N, Blocks>(grid, [&](int64_t row, int64_t column) {
     for (int64_t step = 0; step < grid.steps; ++step) {
+      uint64_t* full = ring.full + ring.stage;
       mbarrier_wait(ring.empty + ring.stage, ring.parity ^ 1);
-      mbarrier_expect(ring.full + ring.stage, Ring<N>::kStage);
-      tma_load(ring.left(), a, tile.row * kRows, step * kInner, ring.full + ring.stage);
-      tma_load(ring.right(), b, tile.column * N, step * kInner, ring.full + ring.stage);
+      mbarrier_expect(full, ring.kStage);
+      tma_load(ring.left(), a, row, step * kInner, full);
+      if constexpr (Blocks == 1) {
+        tma_load(ring.right(), b, column, step * kInner, full);
+      } else {
+        const int share = cluster_rank();
+        tma_load_to_cluster(ring.right() + share * ring.kShare, b, column + share * (N / Blocks), step * kInner, full,
+                            (1 << Blocks) - 1);
+      }
       ring.advance();
     }
-  }
+  });
 }
 
 // Bias and ReLU on the 16 rows of sums that a warp holds, which then go out 64 columns at a time, 16 bytes a thread.
@@ -98,16 +127,16 @@ FASTLLM_DEVICE void store_rows(const float (&sums)[N / 2], const Product& p, int
   }
 }
 
-template <class T, int N>
-FASTLLM_DEVICE void multiply_tiles(Ring<N> ring, const Product& p, const Grid& grid) {
+template <class T, int N, int Blocks>
+FASTLLM_DEVICE void multiply_tiles(Ring<N, Blocks> ring, const Product& p, const Grid& grid) {
   const int consumer = threadIdx.x / kWarpgroup - 1, warp = threadIdx.x / kWarp - kWarpgroup / kWarp;
   const int half = consumer * (kRows / 2);
-  T* staged = reinterpret_cast<T*>(ring.memory + Ring<N>::kStaging) + warp * kWarpRows * kPitch;
+  T* staged = reinterpret_cast<T*>(ring.memory + ring.kStaging) + warp * kWarpRows * kPitch;
   const auto leave = [&](int stage) {
-    if (threadIdx.x % kWarp == 0) mbarrier_arrive(ring.empty + stage);
+    const int lane = threadIdx.x % kWarp;
+    if (lane < Blocks) mbarrier_arrive_at(ring.empty + stage, lane);
   };
-  for (int64_t t = blockIdx.x; t < grid.row_tiles * grid.column_tiles; t += gridDim.x) {
-    const Tile tile = tile_at(t, grid.row_tiles, grid.column_tiles);
+  for_each_tile<N, Blocks>(grid, [&](int64_t row, int64_t column) {
     float sums[N / 2];
     int last = 0;
     for (int64_t step = 0; step < grid.steps; ++step) {
@@ -126,29 +155,25 @@ FASTLLM_DEVICE void multiply_tiles(Ring<N> ring, const Product& p, const Grid& g
     wgmma_wait<0>();
     hold(sums);
     leave(last);
-    store_rows<T, N>(sums, p, tile.row * kRows + half + warp % 4 * kWarpRows, tile.column * N, staged);
-  }
+    store_rows<T, N>(sums, p, row + half + warp % 4 * kWarpRows, column, staged);
+  });
 }
 
-template <class T, int N>
+template <class T, int N, int Blocks>
 __global__ void __launch_bounds__(kThreads, 1)
     multiply_wgmma(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, Product p, Grid grid) {
 #ifdef FASTLLM_HOPPER
-  Ring<N> ring(shared_memory());
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < Ring<N>::kStages; ++s) {
-      mbarrier_init(ring.full + s, 1);
-      mbarrier_init(ring.empty + s, kConsumerWarps);
-    }
-    mbarrier_init_done();
-  }
-  sync_block();
+  const Ring<N, Blocks> ring(shared_memory());
+  if (threadIdx.x == 0) ring.init();
+  sync_cluster();
   if (threadIdx.x < kWarpgroup) {
     give_registers<40>();
     if (threadIdx.x == 0) copy_tiles(ring, &a, &b, grid);
+    sync_cluster();  // no block ends while another copies into it or arrives at its barriers
   } else {
     take_registers<232>();
     multiply_tiles<T>(ring, p, grid);
+    sync_cluster();
   }
 #else
   __trap();  // gemm_wgmma_runs() told that this target has no such kernel
@@ -161,26 +186,27 @@ int multiprocessors() {
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 1;
 #else
-  return 2;  // played: several tiles a block
+  return 4;  // played: several tiles a block
 #endif
 }
 
-template <class T, int N>
+template <class T, int N, int Blocks>
 Status run_tiles(const Product& p, Stream stream) {
-  const Grid grid{ceil_div(p.rows, kRows), ceil_div(p.columns, N), ceil_div(p.inner, kInner)};
+  const Grid grid{ceil_div(p.rows, Blocks * kRows), ceil_div(p.columns, N), ceil_div(p.inner, kInner)};
   TensorMap a, b;
   Status status = make_tensor_map(&a, p.dtype, p.a, p.rows, p.inner, p.a_row, kRows);
-  if (status == 0) status = make_tensor_map(&b, p.dtype, p.b, p.columns, p.inner, p.b_row, N);
+  if (status == 0) status = make_tensor_map(&b, p.dtype, p.b, p.columns, p.inner, p.b_row, N / Blocks);
   if (status != 0) return status;
-  const int64_t tiles = grid.row_tiles * grid.column_tiles, most = multiprocessors();
-  return launch(multiply_wgmma<T, N>, {tiles < most ? tiles : most, kThreads, Ring<N>::kShared}, stream, a, b, p, grid);
+  const int64_t wanted = grid.row_tiles * grid.column_tiles, most = multiprocessors() / Blocks;
+  const Shape shape{(wanted < most ? wanted : most) * Blocks, kThreads, Ring<N, Blocks>::kShared, Blocks};
+  return launch(multiply_wgmma<T, N, Blocks>, shape, stream, a, b, p, grid);
 }
 
-// Wide tiles where they give every multiprocessor one.
+// Wide tiles and clusters where they give every multiprocessor work.
 template <class T>
 Status run(const Product& p, Stream stream) {
-  const bool wide = ceil_div(p.rows, kRows) * ceil_div(p.columns, 256) >= multiprocessors();
-  return wide ? run_tiles<T, 256>(p, stream) : run_tiles<T, 128>(p, stream);
+  const bool wide = ceil_div(p.rows, 2 * kRows) * ceil_div(p.columns, 256) >= multiprocessors() / 2;
+  return wide && p.rows > kRows ? run_tiles<T, 256, 2>(p, stream) : run_tiles<T, 128, 1>(p, stream);
 }
 
 }  // namespace
@@ -194,7 +220,7 @@ bool gemm_wgmma_runs() {
   if (major != 9 || minor != 0) return false;
   // Built for sm_90 without its "a" the kernel is a trap, which needs next to no registers.
   cudaFuncAttributes attributes{};
-  return cudaFuncGetAttributes(&attributes, multiply_wgmma<bf16, 256>) == cudaSuccess && attributes.numRegs > 100;
+  return cudaFuncGetAttributes(&attributes, multiply_wgmma<bf16, 256, 2>) == cudaSuccess && attributes.numRegs > 100;
 #else
   return true;
 #endif

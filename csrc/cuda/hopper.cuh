@@ -26,6 +26,17 @@ FASTLLM_DEVICE void mbarrier_init_done() {
 FASTLLM_DEVICE void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// The barrier that lies there in block `rank` of the cluster.
+FASTLLM_DEVICE void mbarrier_arrive_at(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
 // One arrival, which makes the phase wait for `bytes` of bulk copies too.
 FASTLLM_DEVICE void mbarrier_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
@@ -78,6 +89,17 @@ FASTLLM_DEVICE void tma_load(void* tile, const TensorMap* map, int64_t row, int6
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
           shared_address(tile)),
       "l"(map), "r"(shared_address(barrier)), "r"(static_cast<int>(column)), "r"(static_cast<int>(row))
+      : "memory");
+}
+
+// The same into every block of the cluster that `blocks` has a bit for, at the same place; each block's barrier there
+// counts the bytes that it gets.
+FASTLLM_DEVICE void tma_load_to_cluster(void* tile, const TensorMap* map, int64_t row, int64_t column,
+                                        uint64_t* barrier, unsigned short blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(tile)),
+      "l"(map), "r"(shared_address(barrier)), "r"(static_cast<int>(column)), "r"(static_cast<int>(row)), "h"(blocks)
       : "memory");
 }
 

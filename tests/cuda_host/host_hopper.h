@@ -21,8 +21,12 @@ struct Transactions {
 static_assert(sizeof(Transactions) == sizeof(uint64_t));
 constexpr uint8_t kInitialized = 0xb7;
 
-inline Transactions& transactions(uint64_t* barrier) {
+// The barrier that lies there in block `rank`.
+inline uint64_t* barrier_of(uint64_t* barrier, int rank) {
   check_shared(barrier, 8, 8);
+  return static_cast<uint64_t*>(cuda_host::map_shared(barrier, rank));
+}
+inline Transactions& transactions(uint64_t* barrier) {
   auto& t = *reinterpret_cast<Transactions*>(barrier);
   if (t.tag != kInitialized) cuda_host::fail("a barrier that nobody initialized");
   return t;
@@ -40,13 +44,15 @@ inline void mbarrier_init(uint64_t* barrier, int count) {
   *reinterpret_cast<Transactions*>(barrier) = {0, c, c, 0, kInitialized};
 }
 inline void mbarrier_init_done() {}
-inline void mbarrier_arrive(uint64_t* barrier) {
-  Transactions& t = transactions(barrier);
+inline void mbarrier_arrive_at(uint64_t* barrier, int rank) {
+  Transactions& t = transactions(barrier_of(barrier, rank));
   if (t.pending == 0) cuda_host::fail("more arrivals than the barrier's count");
   --t.pending;
   end_phase_if_complete(t);
 }
+inline void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive_at(barrier, cuda_host::cluster_rank()); }
 inline void mbarrier_expect(uint64_t* barrier, int bytes) {
+  check_shared(barrier, 8, 8);
   transactions(barrier).bytes += bytes;
   mbarrier_arrive(barrier);
 }
@@ -97,14 +103,25 @@ inline BulkCopies& bulk_copies() {
   return all;
 }
 
+inline void tma_load_to_cluster(void* tile, const TensorMap* map, int64_t row, int64_t column, uint64_t* barrier,
+                                unsigned short blocks) {
+  const int bytes = map->tile_rows * kTileBytes;
+  check_shared(tile, bytes, 1024);
+  for (int rank = 0; blocks >> rank != 0; ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    char* there = static_cast<char*>(cuda_host::map_shared(tile, rank));
+    uint64_t* its = barrier_of(barrier, rank);
+    transactions(its);
+    std::memset(there, 0xff, bytes);
+    bulk_copies().of[its].push_back({there, *map, row, column});
+  }
+}
 inline void tma_load(void* tile, const TensorMap* map, int64_t row, int64_t column, uint64_t* barrier) {
-  check_shared(tile, map->tile_rows * kTileBytes, 1024);
-  transactions(barrier);
-  std::memset(tile, 0xff, map->tile_rows * kTileBytes);
-  bulk_copies().of[barrier].push_back({static_cast<char*>(tile), *map, row, column});
+  tma_load_to_cluster(tile, map, row, column, barrier, 1 << cuda_host::cluster_rank());
 }
 
 inline void mbarrier_wait(uint64_t* barrier, int parity) {
+  check_shared(barrier, 8, 8);
   while (true) {
     Transactions& t = transactions(barrier);
     auto& copies = bulk_copies().of;
