@@ -1,6 +1,8 @@
 """The products of linear_relu and relu_mlp on backend cuda, way by way, played on the CPU."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import fastllm.functional as F
 
 if os.environ.get("FASTLLM_CUDA_HOST") != "1":
     pytest.skip("needs the host build: FASTLLM_CUDA_HOST=1", allow_module_level=True)
+
+import cuda_host  # noqa: E402
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -185,3 +189,22 @@ def test_a_way_that_cannot_be_taken_is_refused(way):
     way("library")
     with pytest.raises(RuntimeError, match="needs cuBLASLt, which was not found"):
         F.linear_relu(x.bfloat16(), w.bfloat16())
+
+
+# Kernel, text, what it becomes, the tests of which one must fail.
+PLANTED = {
+    "a stage given back too soon": ("gemm_wgmma", "wgmma_wait<1>();", "wgmma_wait<2>();", "test_wgmma"),
+    "a missing barrier": ("gemm_mma", "    sync_block();  // this", "    // this", "test_mma"),
+    "an off-by-one at the tail": ("linear_relu", "i + j >= f.count) break", "i + j > f.count) break", "test_passes"),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs_are_found(bug, tmp_path):
+    kernel, old, new, tests = PLANTED[bug]
+    library = cuda_host.build_mutant(tmp_path, kernel, f"{kernel}.cu", old, new)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-x", __file__, "-k", tests]
+    env = {**os.environ, "FASTLLM_CUDA_HOST_LIBRARY": str(library)}
+    run = subprocess.run(command, cwd=cuda_host.ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 1, run.stdout[-2000:]
+    assert ("outside every tensor" if "tail" in bug else "AssertionError") in run.stdout
