@@ -107,6 +107,7 @@ std::vector<char*> stacks;
 std::string failure;
 bool failed = false;
 bool progress = false;  // since the last sweep over all threads
+uint64_t clusters_made = 0;
 void* scheduler = nullptr;
 Launch* launch = nullptr;
 Fiber* fiber() { return static_cast<Fiber*>(current); }
@@ -156,6 +157,7 @@ void wait(Barrier& barrier, int expected) {
 }
 
 void make_cluster(int64_t first) {
+  ++clusters_made;
   launch->blocks.clear();
   launch->cluster_barrier = Barrier();
   size_t number = 0;
@@ -292,6 +294,7 @@ void allow(const void* begin, size_t bytes, bool writable) {
   const char* b = static_cast<const char*>(begin);
   ranges.push_back({b, b + bytes, writable});
 }
+uint64_t generation() { return clusters_made; }
 void clear_ranges() { ranges.clear(); }
 
 void check_access(const void* p, size_t bytes, size_t alignment, bool write) {

@@ -51,6 +51,10 @@ template <int N, class T>
 void store_vec_streaming(T* p, const Vec<T, N>& value) {
   store_vec(p, value);
 }
+template <int N, class T>
+void store_vec_cached(T* p, const Vec<T, N>& value) {
+  store_vec(p, value);
+}
 
 inline char* shared_memory() { return cuda_host::shared_memory(); }
 
