@@ -14,7 +14,17 @@
 namespace fastllm::cuda {
 namespace {
 
-constexpr int kThreads = 512;  // of a block, at most
+// Threads of a block, at most, and blocks that a multiprocessor, with its 65536 registers, runs side by side.
+template <class T, bool general>
+constexpr bool kLean = !general && sizeof(T) < 8;
+constexpr int kHoldingThreads = 512;
+template <class T, bool general>
+constexpr int kHoldingBlocks = kLean<T, general> ? 2 : 1;
+constexpr int kThreads = 256;
+template <class T, bool general>
+constexpr int kStreamingBlocks = kLean<T, general> ? 4 : 2;
+template <class T, bool general>
+constexpr int kBackwardBlocks = kLean<T, general> ? 3 : 2;
 
 // Groups of a row that a thread holds: 32 logits as float32, or 16 as float64.
 template <class T>
@@ -53,12 +63,17 @@ FASTLLM_DEVICE Acc<T> logit_of_class(const Rows<T>& r, const Row<T>& row) {
   return row.y < 0 ? Acc<T>(0) : logit<general>(r, load(row.logits + row.y));
 }
 
-// A row in the registers of `cluster` blocks. The one barrier that all of them pass lies between their reads of logits
+// A row in the registers of `cluster` blocks. In plain kernels for bfloat16 and float16 its logits become exponentials,
+// one each. Those of float32 are taken again for the gradient: both beside each other would halve the threads that fit,
+// and a second one hides behind twice the bytes.
+//
+// The one barrier that all of them pass lies between their reads of logits
 // and their writes of the gradient, which may take the logits' place.
 template <class T, bool general>
-__global__ void __launch_bounds__(kThreads, general || sizeof(T) == 8 ? 1 : 2) held_rows(Rows<T> r, int cluster) {
+__global__ void __launch_bounds__(kHoldingThreads, kHoldingBlocks<T, general>) held_rows(Rows<T> r, int cluster) {
   using A = Acc<T>;
   constexpr int N = kVec<T>, K = kHeld<T>;
+  constexpr bool keeps = sizeof(T) == 2;
   const int rank = cluster > 1 ? cluster_rank() : 0;
   const int stride = cluster * blockDim.x, first = rank * blockDim.x + threadIdx.x;
   const bool edges = rank == 0;
@@ -72,17 +87,22 @@ __global__ void __launch_bounds__(kThreads, general || sizeof(T) == 8 ? 1 : 2) h
   const T* logits = row.logits + row.head + int64_t{first} * N;
   Vec<T, N> x[K];
 #pragma unroll
-  for (int k = 0; k < K; ++k)
-    if (first + k * stride < row.groups) x[k] = load_vec_streaming<N>(logits + int64_t{k} * stride * N);
+  for (int k = 0; k < K; ++k) {
+    if (first + k * stride < row.groups) {
+      x[k] = load_vec_streaming<N>(logits + int64_t{k} * stride * N);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) x[k].items[j] = kMinusInfinity<T>;
+    }
+  }
   const int edge = edges ? edge_column(r, row) : -1;
   const A z_class = logit_of_class<general>(r, row);
-  // Logits; in plain kernels, where each is needed once more alone, they become their exponentials. The last: the edge.
+  // The last: the edge.
   A z[K * N + 1];
 #pragma unroll
   for (int k = 0; k < K; ++k)
 #pragma unroll
-    for (int j = 0; j < N; ++j)
-      z[k * N + j] = first + k * stride < row.groups ? logit<general>(r, x[k].items[j]) : -kInfinity<A>;
+    for (int j = 0; j < N; ++j) z[k * N + j] = logit<general>(r, x[k].items[j]);
   z[K * N] = edge >= 0 ? logit<general>(r, load(row.logits + edge)) : -kInfinity<A>;
 
   Stats<A> s;
@@ -93,8 +113,13 @@ __global__ void __launch_bounds__(kThreads, general || sizeof(T) == 8 ? 1 : 2) h
       add_columns(r, row, row.head + (first + k * stride) * N, reinterpret_cast<const A(&)[N]>(z[k * N]), s);
     }
     if (edge >= 0) add_columns(r, row, edge, reinterpret_cast<const A(&)[1]>(z[K * N]), s);
-  } else {
+  } else if constexpr (keeps) {
     add_exponentials(s, z);
+  } else {
+    A e[K * N + 1];
+#pragma unroll
+    for (int i = 0; i <= K * N; ++i) e[i] = z[i];
+    add_exponentials(s, e);
   }
   const A max_here = s.max;
   Stats<A>* shared = reinterpret_cast<Stats<A>*>(shared_memory());
@@ -103,26 +128,31 @@ __global__ void __launch_bounds__(kThreads, general || sizeof(T) == 8 ? 1 : 2) h
   const Slope<A> slope = finish_row<general>(r, row, s, z_class, edges && threadIdx.x == 0);
   if (r.grad == nullptr) return;
 
+  T* grad = grad_of(r, row);
   const A factor = exp_fast(max_here - s.max) * slope.factor;
+  bool y_is_here = false;
+  for_width(r.grad_width, [&](auto wide) {
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    const int group = first + k * stride, column = row.head + group * N;
-    if (group >= row.groups) break;
-    Vec<T, N> g;
-    if constexpr (general) {
-      g = gradient_of<general>(r, row, slope, column, reinterpret_cast<const A(&)[N]>(z[k * N]));
-    } else {
+    for (int k = 0; k < K; ++k) {
+      const int group = first + k * stride, column = row.head + group * N;
+      if (group >= row.groups) break;
+      Vec<T, N> g;
+      if constexpr (general || !keeps) {
+        g = gradient_of<general>(r, row, slope, column, reinterpret_cast<const A(&)[N]>(z[k * N]));
+      } else {
 #pragma unroll
-      for (int j = 0; j < N; ++j) g.items[j] = narrow<T>(z[k * N + j] * factor);
+        for (int j = 0; j < N; ++j) g.items[j] = narrow<T>(z[k * N + j] * factor);
+      }
+      store_group<decltype(wide)::value>(grad + column, g, r.grad_width);
+      y_is_here |= group == row.y_group();
     }
-    store_group(row.grad + column, g, r.grad_width);
-    if (group == row.y_group) store(row.grad + row.y, gradient_at_class<general>(r, row, slope, z_class));
-  }
+  });
+  if (y_is_here) store(grad + row.y, gradient_at_class<general>(r, row, slope, z_class));
   if (edge < 0) return;
-  if constexpr (general)
-    store(row.grad + edge, edge_gradient<general>(r, row, slope, edge, z[K * N]));
+  if constexpr (general || !keeps)
+    store(grad + edge, edge_gradient<general>(r, row, slope, edge, z[K * N]));
   else
-    store(row.grad + edge,
+    store(grad + edge,
           edge == row.y ? gradient_at_class<general>(r, row, slope, z_class) : narrow<T>(z[K * N] * factor));
 }
 
@@ -135,35 +165,38 @@ FASTLLM_DEVICE Stats<Acc<T> > read_row(const Rows<T>& r, const Row<T>& row) {
   const int stride = blockDim.x;
   const T* logits = row.logits + row.head;
   Stats<A> s;
-  for (int v = threadIdx.x; v < row.groups; v += K * stride) {
+  for_chunks<K>(threadIdx.x, stride, row.groups, [&](int v, auto is_whole) {
+    constexpr bool whole = decltype(is_whole)::value;
     Vec<T, N> x[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      if (v + k * stride >= row.groups) break;
-      const T* from = logits + int64_t{v + k * stride} * N;
-      x[k] = again ? load_vec<N>(from) : load_vec_streaming<N>(from);
+      if (whole || v + k * stride < row.groups) {
+        const T* from = logits + int64_t{v + k * stride} * N;
+        x[k] = again ? load_vec<N>(from) : load_vec_streaming<N>(from);
+      } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j) x[k].items[j] = kMinusInfinity<T>;
+      }
     }
     if constexpr (general) {
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        const int group = v + k * stride;
-        if (group >= row.groups) break;
+        if (!whole && v + k * stride >= row.groups) break;
         A z[N];
 #pragma unroll
         for (int j = 0; j < N; ++j) z[j] = logit<general>(r, x[k].items[j]);
-        add_columns(r, row, row.head + group * N, z, s);
+        add_columns(r, row, row.head + (v + k * stride) * N, z, s);
       }
     } else {
 #pragma unroll
       for (int k = 0; k < K; k += kTogether) {
         A z[kTogether * N];
 #pragma unroll
-        for (int i = 0; i < kTogether * N; ++i)
-          z[i] = v + (k + i / N) * stride < row.groups ? widen(x[k + i / N].items[i % N]) : -kInfinity<A>;
+        for (int i = 0; i < kTogether * N; ++i) z[i] = widen(x[k + i / N].items[i % N]);
         add_exponentials(s, z);
       }
     }
-  }
+  });
   const int edge = edge_column(r, row);
   if (edge < 0) return s;
   A z[1] = {logit<general>(r, load(row.logits + edge))};
@@ -176,7 +209,7 @@ FASTLLM_DEVICE Stats<Acc<T> > read_row(const Rows<T>& r, const Row<T>& row) {
 
 // A row by one block, read once for its loss, and once more for its gradient.
 template <class T, bool general, bool with_grad>
-__global__ void __launch_bounds__(kThreads) streamed_rows(Rows<T> r) {
+__global__ void __launch_bounds__(kThreads, kStreamingBlocks<T, general>) streamed_rows(Rows<T> r) {
   using A = Acc<T>;
   Row<T> row;
   if (!open_row(r, blockIdx.x, &row)) {
@@ -194,7 +227,7 @@ __global__ void __launch_bounds__(kThreads) streamed_rows(Rows<T> r) {
 template <class T>
 FASTLLM_DEVICE Acc<T> mass_of(const Rows<T>& r, const Row<T>& row) {
   using A = Acc<T>;
-  if (row.probabilities == nullptr) return r.smooth * (r.weight_sum != nullptr ? load(r.weight_sum) : A(r.classes));
+  if (r.probabilities == nullptr) return r.smooth * (r.weight_sum != nullptr ? load(r.weight_sum) : A(r.classes));
   A mass = 0;
   for (int column = threadIdx.x; column < r.classes; column += blockDim.x) {
     A share[1];
@@ -206,7 +239,7 @@ FASTLLM_DEVICE Acc<T> mass_of(const Rows<T>& r, const Row<T>& row) {
 
 // The gradient from saved statistics; a row is cut into `parts`.
 template <class T, bool general>
-__global__ void __launch_bounds__(kThreads) backward_rows(Rows<T> r, int parts) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, general>) backward_rows(Rows<T> r, int parts) {
   using A = Acc<T>;
   if (r.correct && incoming_of(r, 0) == A(1)) return;
   for (int64_t piece = blockIdx.x; piece < r.rows * parts; piece += gridDim.x) {
@@ -277,9 +310,9 @@ int64_t item_bytes(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DTy
 int64_t held_bytes(DType dtype) { return item_bytes(dtype) * (dtype == DType::kF64 ? 16 : 32); }
 
 // Threads of a block where `blocks` of them share a row, each thread taking `bytes` of it.
-int threads_for(int64_t row_bytes, int64_t blocks, int64_t bytes) {
+int threads_for(int64_t row_bytes, int64_t blocks, int64_t bytes, int most) {
   const int64_t wanted = ceil_div(ceil_div(row_bytes, bytes * blocks), kWarp) * kWarp;
-  return static_cast<int>(wanted < 2 * kWarp ? 2 * kWarp : wanted < kThreads ? wanted : kThreads);
+  return static_cast<int>(wanted < 2 * kWarp ? 2 * kWarp : wanted < most ? wanted : most);
 }
 
 template <class T>
@@ -289,23 +322,22 @@ Status forward(const CrossEntropy& c, Stream stream) {
   const int64_t row_bytes = c.classes * static_cast<int64_t>(sizeof(T));
   constexpr size_t shared = kStatsBytes<Acc<T> >;
   if (c.cluster > 0) {
-    const Shape shape{c.rows * c.cluster, threads_for(row_bytes, c.cluster, held_bytes(c.dtype)), shared, c.cluster};
+    const Shape shape{c.rows * c.cluster, threads_for(row_bytes, c.cluster, held_bytes(c.dtype), kHoldingThreads),
+                      shared, c.cluster};
     return launch(general ? held_rows<T, true> : held_rows<T, false>, shape, stream, r, c.cluster);
   }
-  const Shape shape{c.rows, threads_for(row_bytes, 1, 16 * kInFlight), shared};
+  const Shape shape{c.rows, threads_for(row_bytes, 1, 16 * kInFlight, kThreads), shared};
   if (c.grad == nullptr)
     return launch(general ? streamed_rows<T, true, false> : streamed_rows<T, false, false>, shape, stream, r);
   return launch(general ? streamed_rows<T, true, true> : streamed_rows<T, false, true>, shape, stream, r);
 }
 
-constexpr int kResident = 1024;  // threads of the backward pass that a multiprocessor runs side by side
-
 // Blocks that each walk over many rows: as many as the multiprocessors hold side by side. Few rows are cut into parts.
 template <class T>
 Status backward(const CrossEntropy& c, Stream stream) {
   const int64_t row_bytes = c.classes * static_cast<int64_t>(sizeof(T)), rows = c.rows == 0 ? 1 : c.rows;
-  const int threads = threads_for(row_bytes, 1, 16 * kInFlight);
-  const int64_t resident = int64_t{c.multiprocessors} * (kResident / threads);
+  const int threads = threads_for(row_bytes, 1, 16 * kInFlight, kThreads);
+  const int64_t resident = int64_t{c.multiprocessors} * (kBackwardBlocks<T, false> * kThreads / threads);
   const int64_t most_parts = ceil_div(row_bytes, int64_t{threads} * 16 * kInFlight), wanted = ceil_div(resident, rows);
   // The shares of class probabilities are summed over the whole row.
   const int64_t parts = c.probabilities != nullptr || most_parts < 1 ? 1 : wanted < most_parts ? wanted : most_parts;
@@ -320,7 +352,7 @@ constexpr int64_t kMostClasses = int64_t{1} << 30;  // columns are counted in 32
 }  // namespace
 
 bool cross_entropy_fits(DType dtype, int64_t classes, int cluster) {
-  return classes * item_bytes(dtype) <= cluster * kThreads * held_bytes(dtype);
+  return classes * item_bytes(dtype) <= cluster * kHoldingThreads * held_bytes(dtype);
 }
 
 int cross_entropy_cluster(DType dtype, int64_t rows, int64_t classes, bool with_grad, int capability) {

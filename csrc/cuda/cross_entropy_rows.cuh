@@ -19,6 +19,12 @@ template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
 template <class A>
 constexpr A kNaN = std::numeric_limits<A>::quiet_NaN();
+template <class T>
+constexpr T kMinusInfinity = -kInfinity<T>;
+template <>
+constexpr bf16 kMinusInfinity<bf16>{0xff80};
+template <>
+constexpr f16 kMinusInfinity<f16>{0xfc00};
 
 // --- arguments --------------------------------------------------------------------------------------------------
 
@@ -52,24 +58,31 @@ template <class T>
 struct Row {
   int64_t index;
   const T* logits;
-  T* grad;
-  const T* probabilities;
   int head, groups;  // items before the first boundary; whole groups after them
   int y;             // the class, -1 for class probabilities
-  int y_group;       // in which y lies, -1 for none
+
+  // The group in which y lies; one that is not there where it lies in none.
+  FASTLLM_DEVICE int y_group() const { return y < head ? -1 : (y - head) / kVec<T>; }
 };
+
+template <class T>
+FASTLLM_DEVICE T* grad_of(const Rows<T>& r, const Row<T>& row) {
+  return r.grad + row.index * r.grad_stride;
+}
+template <class T>
+FASTLLM_DEVICE const T* probabilities_of(const Rows<T>& r, const Row<T>& row) {
+  return r.probabilities + row.index * r.classes;
+}
 
 // Row `index`; false where it is ignored.
 template <class T>
 FASTLLM_DEVICE bool open_row(const Rows<T>& r, int64_t index, Row<T>* row) {
   row->index = index;
   row->logits = r.logits + index * r.logits_stride;
-  row->grad = r.grad == nullptr ? nullptr : r.grad + index * r.grad_stride;
-  row->probabilities = r.probabilities == nullptr ? nullptr : r.probabilities + index * r.classes;
   const int head = static_cast<int>(items_to_boundary(row->logits));
   row->head = head < r.classes ? head : r.classes;
   row->groups = (r.classes - row->head) / kVec<T>;
-  row->y = row->y_group = -1;
+  row->y = -1;
   if (r.probabilities != nullptr) return true;
   const int64_t label = r.target_is_int32 ? load(static_cast<const int32_t*>(r.target) + index)
                                           : load(static_cast<const int64_t*>(r.target) + index);
@@ -77,8 +90,6 @@ FASTLLM_DEVICE bool open_row(const Rows<T>& r, int64_t index, Row<T>* row) {
   const bool inside = label >= 0 && label < r.classes;
   FASTLLM_DEVICE_ASSERT(inside, "cross_entropy: target is neither a class nor ignore_index");
   row->y = inside ? static_cast<int>(label) : 0;
-  const int offset = row->y - row->head;
-  if (offset >= 0 && offset < row->groups * kVec<T>) row->y_group = offset / kVec<T>;
   return true;
 }
 
@@ -104,11 +115,12 @@ FASTLLM_DEVICE void store_parts(T* p, const Vec<T, N>& group) {
     store_vec<M>(p + i, part);
   }
 }
-template <class T, int N>
+// wide: `width` is known to be 16.
+template <bool wide, class T, int N>
 FASTLLM_DEVICE void store_group(T* p, const Vec<T, N>& group, int width) {
-  if (width == 16) {
+  if constexpr (wide) {
     store_vec_streaming<N>(p, group);
-  } else if (sizeof(T) == 8 || width == 8) {
+  } else if (sizeof(T) == 8 || width >= 8) {
     store_parts<8 / sizeof(T)>(p, group);
   } else if constexpr (sizeof(T) < 8) {
     if (sizeof(T) == 4 || width == 4)
@@ -116,6 +128,14 @@ FASTLLM_DEVICE void store_group(T* p, const Vec<T, N>& group, int width) {
     else
       store_parts<1>(p, group);
   }
+}
+// Calls body(wide), a std::bool_constant, so that loops are compiled for either.
+template <class Body>
+FASTLLM_DEVICE void for_width(int width, Body body) {
+  if (width == 16)
+    body(std::true_type());
+  else
+    body(std::false_type());
 }
 
 template <class T>
@@ -149,12 +169,13 @@ template <int N, class T>
 FASTLLM_DEVICE void shares_of(const Rows<T>& r, const Row<T>& row, int column, Acc<T> (&share)[N]) {
 #pragma unroll
   for (int j = 0; j < N; ++j) share[j] = r.smooth;
-  if (row.probabilities != nullptr) {
+  if (r.probabilities != nullptr) {
+    const T* from = probabilities_of(r, row) + column;
     Vec<T, N> q;
     if constexpr (N == 1)
-      q.items[0] = load(row.probabilities + column);
+      q.items[0] = load(from);
     else
-      q = load_group(row.probabilities + column, r.probabilities_width);
+      q = load_group(from, r.probabilities_width);
 #pragma unroll
     for (int j = 0; j < N; ++j) share[j] += widen(q.items[j]) * r.keep;
   }
@@ -361,50 +382,70 @@ FASTLLM_DEVICE T edge_gradient(const Rows<T>& r, const Row<T>& row, const Slope<
   return gradient_of<general>(r, row, s, column, one).items[0];
 }
 
-// The groups first, first + stride, ... and, with `edges`, what lies outside groups. Every item is read by the thread
-// that writes it, before it does: the gradient may overwrite the logits.
 constexpr int kInFlight = 4;  // groups that a thread loads before it uses the first
 
+// Calls chunk(v, whole) for every K-th v of first, first + stride, ...: a chunk of groups v, v + stride, ... of which
+// all K exist where `whole`, a std::bool_constant, is true.
+template <int K, class Chunk>
+FASTLLM_DEVICE void for_chunks(int first, int stride, int groups, Chunk chunk) {
+  int v = first;
+  for (; v + (K - 1) * stride < groups; v += K * stride) chunk(v, std::true_type());
+  if (K > 1 && v < groups) chunk(v, std::false_type());
+}
+
+// The groups first, first + stride, ... and, with `edges`, what lies outside groups. Every item is read by the thread
+// that writes it, before it does: the gradient may overwrite the logits.
 template <bool general, class T>
 FASTLLM_DEVICE void write_gradient(const Rows<T>& r, const Row<T>& row, const Slope<Acc<T> >& s, int first, int stride,
                                    bool edges) {
   using A = Acc<T>;
   constexpr int N = kVec<T>;
   const T* logits = row.logits + row.head;
-  for (int v = first; v < row.groups; v += kInFlight * stride) {
-    Vec<T, N> x[kInFlight];
+  T* grad = grad_of(r, row);
+  const int y_group = row.y_group();
+  bool y_is_here = false;
+  T z_class{};
+  for_width(r.grad_width, [&](auto is_wide) {
+    constexpr bool wide = decltype(is_wide)::value;
+    constexpr int K = wide ? kInFlight : 1;
+    for_chunks<K>(first, stride, row.groups, [&](int v, auto is_whole) {
+      constexpr bool whole = decltype(is_whole)::value;
+      Vec<T, N> x[K];
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      if (v + k * stride >= row.groups) break;
-      x[k] = load_vec_streaming<N>(logits + int64_t{v + k * stride} * N);
-    }
+      for (int k = 0; k < K; ++k)
+        if (whole || v + k * stride < row.groups) x[k] = load_vec_streaming<N>(logits + int64_t{v + k * stride} * N);
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      const int group = v + k * stride, column = row.head + group * N;
-      if (group >= row.groups) break;
-      A z[N];
+      for (int k = 0; k < K; ++k) {
+        const int group = v + k * stride, column = row.head + group * N;
+        if (!whole && group >= row.groups) break;
+        A z[N];
 #pragma unroll
-      for (int j = 0; j < N; ++j) z[j] = logit<general>(r, x[k].items[j]);
-      T at_class{};
-      if (group == row.y_group)
-        at_class = gradient_at_class<general>(r, row, s, logit<general>(r, load(row.logits + row.y)));
-      store_group(row.grad + column, gradient_of<general>(r, row, s, column, z), r.grad_width);
-      if (group == row.y_group) store(row.grad + row.y, at_class);
-    }
-  }
+        for (int j = 0; j < N; ++j) z[j] = logit<general>(r, x[k].items[j]);
+        if (group == y_group) {
+          y_is_here = true;
+          z_class = load(row.logits + row.y);
+        }
+        store_group<wide>(grad + column, gradient_of<general>(r, row, s, column, z), r.grad_width);
+      }
+    });
+  });
+  if (y_is_here) store(grad + row.y, gradient_at_class<general>(r, row, s, logit<general>(r, z_class)));
   const int edge = edges ? edge_column(r, row) : -1;
   if (edge >= 0)
-    store(row.grad + edge, edge_gradient<general>(r, row, s, edge, logit<general>(r, load(row.logits + edge))));
+    store(grad + edge, edge_gradient<general>(r, row, s, edge, logit<general>(r, load(row.logits + edge))));
 }
 
 // The same items of an ignored row.
 template <class T>
 FASTLLM_DEVICE void write_zeros(const Rows<T>& r, const Row<T>& row, int first, int stride, bool edges) {
   constexpr int N = kVec<T>;
-  for (int v = first; v < row.groups; v += stride)
-    store_group(row.grad + row.head + int64_t{v} * N, Vec<T, N>{}, r.grad_width);
+  T* grad = grad_of(r, row);
+  for_width(r.grad_width, [&](auto wide) {
+    for (int v = first; v < row.groups; v += stride)
+      store_group<decltype(wide)::value>(grad + row.head + int64_t{v} * N, Vec<T, N>{}, r.grad_width);
+  });
   const int edge = edges ? edge_column(r, row) : -1;
-  if (edge >= 0) store(row.grad + edge, T{});
+  if (edge >= 0) store(grad + edge, T{});
 }
 
 }  // namespace
