@@ -139,6 +139,10 @@ FASTLLM_DEVICE float exp2_fast(float x) {
 }
 FASTLLM_DEVICE double exp2_fast(double x) { return exp2(x); }
 
+// The greater; a NaN gives way to the other number.
+FASTLLM_DEVICE float greater_of(float a, float b) { return fmaxf(a, b); }
+FASTLLM_DEVICE double greater_of(double a, double b) { return fmax(a, b); }
+
 // --- threads ----------------------------------------------------------------------------------------------------
 
 FASTLLM_DEVICE void sync_block() { __syncthreads(); }
@@ -171,6 +175,10 @@ FASTLLM_DEVICE int cluster_rank() {
 FASTLLM_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
+// A barrier in two halves that orders no memory: whoever has waited knows that all blocks of the cluster run, so that
+// their shared memory may be written. One after the other, and no sync_cluster between.
+FASTLLM_DEVICE void announce_to_cluster() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+FASTLLM_DEVICE void await_cluster() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 // Where the shared memory of block `rank` holds what `p` is in this block's.
 template <class T>
 FASTLLM_DEVICE T* map_shared(T* p, int rank) {
@@ -181,6 +189,8 @@ FASTLLM_DEVICE T* map_shared(T* p, int rank) {
 #else
 FASTLLM_DEVICE int cluster_rank() { return 0; }
 FASTLLM_DEVICE void sync_cluster() { __syncthreads(); }
+FASTLLM_DEVICE void announce_to_cluster() {}
+FASTLLM_DEVICE void await_cluster() {}
 template <class T>
 FASTLLM_DEVICE T* map_shared(T* p, int) {
   return p;

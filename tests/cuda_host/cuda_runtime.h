@@ -54,6 +54,8 @@ void* map_shared(void* p, int rank);
 int cluster_rank();
 void sync_block();
 void sync_cluster();
+void announce_to_cluster();
+void await_cluster();
 // A barrier of `threads` threads of the block, numbered.
 void sync_some(int barrier, int threads);
 // Lets other threads run: for loops that wait for memory to change. Whoever changes it reports progress.

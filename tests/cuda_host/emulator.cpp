@@ -9,6 +9,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -55,7 +56,8 @@ struct Fiber : Thread {
   void* stack_pointer = nullptr;
   unsigned linear = 0;
   bool done = false;
-  const bool* wakes = nullptr;  // runs again when this is true; null: at once
+  const bool* announced = nullptr;  // what await_cluster waits for
+  const bool* wakes = nullptr;      // runs again when this is true; null: at once
 };
 
 // Threads that wait for each other. Who arrives last sets the flag of this round, and opens the next.
@@ -139,7 +141,8 @@ void prepare(Fiber& f, size_t number) {
   f.stack_pointer = top;
 }
 
-void wait(Barrier& barrier, int expected) {
+// Returns the flag that is set when all have arrived.
+const bool* arrive(Barrier& barrier, int expected) {
   const bool* mine = barrier.open.get();
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
@@ -151,8 +154,12 @@ void wait(Barrier& barrier, int expected) {
       barrier.old.erase(barrier.old.begin(), barrier.old.begin() + 32);
     }
   }
-  fiber()->wakes = mine;
   progress = true;
+  return mine;
+}
+
+void wait(Barrier& barrier, int expected) {
+  fiber()->wakes = arrive(barrier, expected);
   to_scheduler();
 }
 
@@ -318,6 +325,15 @@ void* map_shared(void* p, int rank) {
 }
 void sync_block() { wait(current->block->barriers[0], launch->threads); }
 void sync_cluster() { wait(launch->cluster_barrier, launch->threads * launch->cluster); }
+void announce_to_cluster() {
+  if (fiber()->announced != nullptr) fail("a second announce_to_cluster without await_cluster");
+  fiber()->announced = arrive(launch->cluster_barrier, launch->threads * launch->cluster);
+}
+void await_cluster() {
+  if (fiber()->announced == nullptr) fail("await_cluster without announce_to_cluster");
+  fiber()->wakes = std::exchange(fiber()->announced, nullptr);
+  to_scheduler();
+}
 void sync_some(int barrier, int threads) {
   if (barrier < 0 || barrier >= kBarriers || threads % 32 != 0) fail("no such barrier: %d of %d", barrier, threads);
   wait(current->block->barriers[barrier], threads);

@@ -92,6 +92,9 @@ T narrow(A x) {
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline double exp2_fast(double x) { return std::exp2(x); }
 
+inline float greater_of(float a, float b) { return std::fmax(a, b); }
+inline double greater_of(double a, double b) { return std::fmax(a, b); }
+
 // --- threads ----------------------------------------------------------------------------------------------------
 
 inline void sync_block() { cuda_host::sync_block(); }
@@ -137,6 +140,8 @@ inline int count_bits(unsigned mask) { return __builtin_popcount(mask); }
 
 inline int cluster_rank() { return cuda_host::cluster_rank(); }
 inline void sync_cluster() { cuda_host::sync_cluster(); }
+inline void announce_to_cluster() { cuda_host::announce_to_cluster(); }
+inline void await_cluster() { cuda_host::await_cluster(); }
 template <class T>
 T* map_shared(T* p, int rank) {
   return static_cast<T*>(cuda_host::map_shared(p, rank));

@@ -1,0 +1,380 @@
+// cross_entropy: loss, softmax statistics and gradient of rows of logits.
+//
+// PyTorch reads the logits, writes log-probabilities, reads them for the loss, writes and reads a one-hot gradient and
+// writes the gradient: 7 streams of N x V items, some of them in float32. Here the loss alone reads the logits once,
+// and loss and gradient together read them once and write the gradient once, wherever a row fits the registers of a
+// block or, from sm_90 on, of a cluster of blocks, which exchange their statistics through each other's shared memory.
+// A longer row is read twice, the second time from the L2 cache where the rows in flight fit it. A class index is never
+// turned into a one-hot row, and nothing waits for the host: divisors and incoming gradients are read on the device.
+//
+// Sums are taken in float32 (float64 for float64), thread by thread, then in a fixed order: the same bits every time.
+#include "cross_entropy.h"
+#include "cross_entropy_rows.cuh"
+
+namespace fastllm::cuda {
+namespace {
+
+// Threads of a block, at most, and blocks that a multiprocessor, with its 65536 registers, runs side by side.
+template <class T, bool general>
+constexpr bool kLean = !general && sizeof(T) < 8;
+constexpr int kHoldingThreads = 512;
+template <class T, bool general>
+constexpr int kHoldingBlocks = kLean<T, general> ? 2 : 1;
+constexpr int kThreads = 256;
+template <class T, bool general>
+constexpr int kStreamingBlocks = kLean<T, general> ? 4 : 2;
+template <class T, bool general>
+constexpr int kBackwardBlocks = kLean<T, general> ? 3 : 2;
+
+// Groups of a row that a thread holds: 32 logits as float32, or 16 as float64.
+template <class T>
+constexpr int kHeld = (sizeof(T) == 8 ? 16 : 32) / kVec<T>;
+
+// Writes a row's loss and statistics; the slope of its gradient. z: the logit of its class.
+template <bool general, class T>
+FASTLLM_DEVICE Slope<Acc<T> > finish_row(const Rows<T>& r, const Row<T>& row, Stats<Acc<T> > s, Acc<T> z, bool writes) {
+  using A = Acc<T>;
+  // A row of -inf alone has no distribution.
+  if (s.max == -kInfinity<A>) s.sum = kNaN<A>;
+  const A log_sum = std::log(s.sum), lse = s.max + log_sum;
+  if (writes) {
+    A loss = r.z_scale * lse * lse;
+    if (row.y >= 0) loss += truth_of(r, row) * (s.max - z + log_sum);
+    if constexpr (general) loss += s.pull + s.mass * log_sum;
+    store(r.loss + row.index, loss);
+    store(r.row_max + row.index, s.max);
+    store(r.row_log_sum + row.index, log_sum);
+  }
+  return slope_of(r, row, s.max, log_sum, 1 / s.sum, s.mass);
+}
+
+template <class T>
+FASTLLM_DEVICE void ignore_row(const Rows<T>& r, const Row<T>& row, int first, int stride, bool edges) {
+  if (edges && threadIdx.x == 0) {
+    store(r.loss + row.index, Acc<T>(0));
+    store(r.row_max + row.index, Acc<T>(0));
+    store(r.row_log_sum + row.index, Acc<T>(0));
+  }
+  if (r.grad != nullptr) write_zeros(r, row, first, stride, edges);
+}
+
+template <bool general, class T>
+FASTLLM_DEVICE Acc<T> logit_of_class(const Rows<T>& r, const Row<T>& row) {
+  return row.y < 0 ? Acc<T>(0) : logit<general>(r, load(row.logits + row.y));
+}
+
+// A row in the registers of `cluster` blocks. In plain kernels for bfloat16 and float16 its logits become exponentials,
+// one each. Those of float32 are taken again for the gradient: both beside each other would halve the threads that fit,
+// and a second one hides behind twice the bytes.
+//
+// The one barrier that all of them pass lies between their reads of logits
+// and their writes of the gradient, which may take the logits' place.
+template <class T, bool general>
+__global__ void __launch_bounds__(kHoldingThreads, kHoldingBlocks<T, general>) held_rows(Rows<T> r, int cluster) {
+  using A = Acc<T>;
+  constexpr int N = kVec<T>, K = kHeld<T>;
+  constexpr bool keeps = sizeof(T) == 2;
+  const int rank = cluster > 1 ? cluster_rank() : 0;
+  const int stride = cluster * blockDim.x, first = rank * blockDim.x + threadIdx.x;
+  const bool edges = rank == 0;
+  Row<T> row;
+  if (!open_row(r, blockIdx.x / cluster, &row)) {
+    ignore_row(r, row, first, stride, edges);
+    return;
+  }
+  if (cluster > 1) announce_to_cluster();
+
+  const T* logits = row.logits + row.head + int64_t{first} * N;
+  Vec<T, N> x[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (first + k * stride < row.groups) {
+      x[k] = load_vec_streaming<N>(logits + int64_t{k} * stride * N);
+    } else {
+#pragma unroll
+      for (int j = 0; j < N; ++j) x[k].items[j] = kMinusInfinity<T>;
+    }
+  }
+  const int edge = edges ? edge_column(r, row) : -1;
+  const A z_class = logit_of_class<general>(r, row);
+  // The last: the edge.
+  A z[K * N + 1];
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+#pragma unroll
+    for (int j = 0; j < N; ++j) z[k * N + j] = logit<general>(r, x[k].items[j]);
+  z[K * N] = edge >= 0 ? logit<general>(r, load(row.logits + edge)) : -kInfinity<A>;
+
+  Stats<A> s;
+  if constexpr (general) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (first + k * stride >= row.groups) break;
+      add_columns(r, row, row.head + (first + k * stride) * N, reinterpret_cast<const A(&)[N]>(z[k * N]), s);
+    }
+    if (edge >= 0) add_columns(r, row, edge, reinterpret_cast<const A(&)[1]>(z[K * N]), s);
+  } else if constexpr (keeps) {
+    add_exponentials(s, z);
+  } else {
+    A e[K * N + 1];
+#pragma unroll
+    for (int i = 0; i <= K * N; ++i) e[i] = z[i];
+    add_exponentials(s, e);
+  }
+  const A max_here = s.max;
+  Stats<A>* shared = reinterpret_cast<Stats<A>*>(shared_memory());
+  s = merge_block<general>(s, shared);
+  if (cluster > 1) s = merge_cluster<general>(s, shared + kWarp, cluster);
+  const Slope<A> slope = finish_row<general>(r, row, s, z_class, edges && threadIdx.x == 0);
+  if (r.grad == nullptr) return;
+
+  T* grad = grad_of(r, row);
+  const A factor = exp_fast(max_here - s.max) * slope.factor;
+  bool y_is_here = false;
+  for_width(r.grad_width, [&](auto wide) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const int group = first + k * stride, column = row.head + group * N;
+      if (group >= row.groups) break;
+      Vec<T, N> g;
+      if constexpr (general || !keeps) {
+        g = gradient_of<general>(r, row, slope, column, reinterpret_cast<const A(&)[N]>(z[k * N]));
+      } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j) g.items[j] = narrow<T>(z[k * N + j] * factor);
+      }
+      store_group<decltype(wide)::value>(grad + column, g, r.grad_width);
+      y_is_here |= group == row.y_group();
+    }
+  });
+  if (y_is_here) store(grad + row.y, gradient_at_class<general>(r, row, slope, z_class));
+  if (edge < 0) return;
+  if constexpr (general || !keeps)
+    store(grad + edge, edge_gradient<general>(r, row, slope, edge, z[K * N]));
+  else
+    store(grad + edge,
+          edge == row.y ? gradient_at_class<general>(r, row, slope, z_class) : narrow<T>(z[K * N] * factor));
+}
+
+// Statistics of a thread's part of a row, read group by group. `again`: the row will be read once more.
+template <bool general, bool again, class T>
+FASTLLM_DEVICE Stats<Acc<T> > read_row(const Rows<T>& r, const Row<T>& row) {
+  using A = Acc<T>;
+  constexpr int N = kVec<T>, K = kInFlight;
+  constexpr int kTogether = 16 / N < K ? 16 / N : K;  // groups of one maximum
+  const int stride = blockDim.x;
+  const T* logits = row.logits + row.head;
+  Stats<A> s;
+  for_chunks<K>(threadIdx.x, stride, row.groups, [&](int v, auto is_whole) {
+    constexpr bool whole = decltype(is_whole)::value;
+    Vec<T, N> x[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (whole || v + k * stride < row.groups) {
+        const T* from = logits + int64_t{v + k * stride} * N;
+        x[k] = again ? load_vec<N>(from) : load_vec_streaming<N>(from);
+      } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j) x[k].items[j] = kMinusInfinity<T>;
+      }
+    }
+    if constexpr (general) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (!whole && v + k * stride >= row.groups) break;
+        A z[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j) z[j] = logit<general>(r, x[k].items[j]);
+        add_columns(r, row, row.head + (v + k * stride) * N, z, s);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < K; k += kTogether) {
+        A z[kTogether * N];
+#pragma unroll
+        for (int i = 0; i < kTogether * N; ++i) z[i] = widen(x[k + i / N].items[i % N]);
+        add_exponentials(s, z);
+      }
+    }
+  });
+  const int edge = edge_column(r, row);
+  if (edge < 0) return s;
+  A z[1] = {logit<general>(r, load(row.logits + edge))};
+  if constexpr (general)
+    add_columns(r, row, edge, z, s);
+  else
+    add_exponentials(s, z);
+  return s;
+}
+
+// A row by one block, read once for its loss, and once more for its gradient.
+template <class T, bool general, bool with_grad>
+__global__ void __launch_bounds__(kThreads, kStreamingBlocks<T, general>) streamed_rows(Rows<T> r) {
+  using A = Acc<T>;
+  Row<T> row;
+  if (!open_row(r, blockIdx.x, &row)) {
+    ignore_row(r, row, threadIdx.x, blockDim.x, true);
+    return;
+  }
+  const A z_class = logit_of_class<general>(r, row);
+  Stats<A> s = read_row<general, with_grad>(r, row);
+  s = merge_block<general>(s, reinterpret_cast<Stats<A>*>(shared_memory()));
+  const Slope<A> slope = finish_row<general>(r, row, s, z_class, threadIdx.x == 0);
+  if constexpr (with_grad) write_gradient<general>(r, row, slope, threadIdx.x, blockDim.x, true);
+}
+
+// The sum of a row's shares, without its class.
+template <class T>
+FASTLLM_DEVICE Acc<T> mass_of(const Rows<T>& r, const Row<T>& row) {
+  using A = Acc<T>;
+  if (r.probabilities == nullptr) return r.smooth * (r.weight_sum != nullptr ? load(r.weight_sum) : A(r.classes));
+  A mass = 0;
+  for (int column = threadIdx.x; column < r.classes; column += blockDim.x) {
+    A share[1];
+    shares_of(r, row, column, share);
+    mass += share[0];
+  }
+  return reduce_block(mass, A(0), Sum(), reinterpret_cast<A*>(shared_memory()));
+}
+
+// The gradient from saved statistics; a row is cut into `parts`.
+template <class T, bool general>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, general>) backward_rows(Rows<T> r, int parts) {
+  using A = Acc<T>;
+  if (r.correct && incoming_of(r, 0) == A(1)) return;
+  for (int64_t piece = blockIdx.x; piece < r.rows * parts; piece += gridDim.x) {
+    const int part = static_cast<int>(piece % parts), stride = parts * blockDim.x;
+    const int first = part * blockDim.x + threadIdx.x;
+    Row<T> row;
+    if (!open_row(r, piece / parts, &row)) {
+      write_zeros(r, row, first, stride, part == 0);
+      continue;
+    }
+    const A max = load(r.row_max + row.index), log_sum = load(r.row_log_sum + row.index);
+    A mass = 0;
+    if constexpr (general) mass = mass_of(r, row);
+    write_gradient<general>(r, row, slope_of(r, row, max, log_sum, std::exp(-log_sum), mass), first, stride, part == 0);
+  }
+}
+
+// --- launchers --------------------------------------------------------------------------------------------------
+
+// The largest power of two, at most 16, that divides how far rows of `other` lie from those of `logits`.
+int common_width(const void* logits, int64_t logits_bytes, const void* other, int64_t other_bytes) {
+  const uint64_t apart = (reinterpret_cast<uintptr_t>(logits) - reinterpret_cast<uintptr_t>(other)) |
+                         static_cast<uint64_t>(logits_bytes - other_bytes) | 16;
+  return static_cast<int>(apart & -apart);
+}
+
+template <class T>
+Rows<T> rows_of(const CrossEntropy& c) {
+  using A = Acc<T>;
+  constexpr int64_t item = sizeof(T);
+  Rows<T> r{};
+  r.rows = c.rows;
+  r.classes = static_cast<int>(c.classes);
+  r.logits = static_cast<const T*>(c.logits);
+  r.logits_stride = c.logits_stride;
+  r.target = c.target;
+  r.target_is_int32 = c.target_is_int32;
+  r.probabilities = static_cast<const T*>(c.probabilities);
+  r.weight = static_cast<const A*>(c.weight);
+  r.weight_sum = static_cast<const A*>(c.weight_sum);
+  r.ignore_index = c.ignore_index;
+  r.keep = static_cast<A>(1 - c.label_smoothing);
+  r.smooth = static_cast<A>(c.label_smoothing / static_cast<double>(c.classes));
+  r.z_scale = static_cast<A>(c.lse_square_scale);
+  r.cap = static_cast<A>(c.softcap);
+  r.inverse_cap = static_cast<A>(c.softcap == 0 ? 0 : 1 / c.softcap);
+  r.loss = static_cast<A*>(c.loss);
+  r.row_max = static_cast<A*>(c.row_max);
+  r.row_log_sum = static_cast<A*>(c.row_log_sum);
+  r.grad = static_cast<T*>(c.grad);
+  r.grad_stride = c.grad_stride;
+  const int64_t bytes = c.logits_stride * item;
+  r.grad_width = common_width(c.logits, bytes, c.grad, c.grad_stride * item);
+  r.probabilities_width = common_width(c.logits, bytes, c.probabilities, c.classes * item);
+  r.incoming = c.incoming;
+  r.incoming_is_acc = c.incoming_is_acc;
+  r.incoming_stride = c.incoming_stride;
+  r.divisor = static_cast<const A*>(c.divisor);
+  r.correct = c.correct;
+  return r;
+}
+
+bool is_general(const CrossEntropy& c) {
+  return c.probabilities != nullptr || c.label_smoothing != 0 || c.softcap != 0;
+}
+
+int64_t item_bytes(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
+int64_t held_bytes(DType dtype) { return item_bytes(dtype) * (dtype == DType::kF64 ? 16 : 32); }
+
+// Threads of a block where `blocks` of them share a row, each thread taking `bytes` of it.
+int threads_for(int64_t row_bytes, int64_t blocks, int64_t bytes, int most) {
+  const int64_t wanted = ceil_div(ceil_div(row_bytes, bytes * blocks), kWarp) * kWarp;
+  return static_cast<int>(wanted < 2 * kWarp ? 2 * kWarp : wanted < most ? wanted : most);
+}
+
+template <class T>
+Status forward(const CrossEntropy& c, Stream stream) {
+  const Rows<T> r = rows_of<T>(c);
+  const bool general = is_general(c);
+  const int64_t row_bytes = c.classes * static_cast<int64_t>(sizeof(T));
+  constexpr size_t shared = kStatsBytes<Acc<T> >;
+  if (c.cluster > 0) {
+    const Shape shape{c.rows * c.cluster, threads_for(row_bytes, c.cluster, held_bytes(c.dtype), kHoldingThreads),
+                      shared, c.cluster};
+    return launch(general ? held_rows<T, true> : held_rows<T, false>, shape, stream, r, c.cluster);
+  }
+  const Shape shape{c.rows, threads_for(row_bytes, 1, 16 * kInFlight, kThreads), shared};
+  if (c.grad == nullptr)
+    return launch(general ? streamed_rows<T, true, false> : streamed_rows<T, false, false>, shape, stream, r);
+  return launch(general ? streamed_rows<T, true, true> : streamed_rows<T, false, true>, shape, stream, r);
+}
+
+// Blocks that each walk over many rows: as many as the multiprocessors hold side by side. Few rows are cut into parts.
+template <class T>
+Status backward(const CrossEntropy& c, Stream stream) {
+  const int64_t row_bytes = c.classes * static_cast<int64_t>(sizeof(T)), rows = c.rows == 0 ? 1 : c.rows;
+  const int threads = threads_for(row_bytes, 1, 16 * kInFlight, kThreads);
+  const int64_t resident = int64_t{c.multiprocessors} * (kBackwardBlocks<T, false> * kThreads / threads);
+  const int64_t most_parts = ceil_div(row_bytes, int64_t{threads} * 16 * kInFlight), wanted = ceil_div(resident, rows);
+  // The shares of class probabilities are summed over the whole row.
+  const int64_t parts = c.probabilities != nullptr || most_parts < 1 ? 1 : wanted < most_parts ? wanted : most_parts;
+  const int64_t pieces = c.rows * parts;
+  const Shape shape{pieces < resident ? pieces : resident, threads, kWarp * sizeof(Acc<T>)};
+  return launch(is_general(c) ? backward_rows<T, true> : backward_rows<T, false>, shape, stream, rows_of<T>(c),
+                static_cast<int>(parts));
+}
+
+constexpr int64_t kMostClasses = int64_t{1} << 30;  // columns are counted in 32 bits
+
+}  // namespace
+
+bool cross_entropy_fits(DType dtype, int64_t classes, int cluster) {
+  return classes * item_bytes(dtype) <= cluster * kHoldingThreads * held_bytes(dtype);
+}
+
+int cross_entropy_cluster(DType dtype, int64_t rows, int64_t classes, bool with_grad, int capability) {
+  constexpr int64_t kManyRows = 512;  // enough for blocks of their own to fill a GPU
+  if (!with_grad && rows >= kManyRows) return 0;
+  if (capability < 90) return cross_entropy_fits(dtype, classes, 1) ? 1 : 0;
+  const int largest = capability < 120 ? kMaxCluster : 8;
+  for (int cluster = 1; cluster <= largest; cluster *= 2)
+    if (cross_entropy_fits(dtype, classes, cluster)) return cluster;
+  return 0;
+}
+
+Status cross_entropy_forward(const CrossEntropy& arguments, Stream stream) {
+  if (arguments.classes > kMostClasses) return 1;
+  FASTLLM_SWITCH_DTYPE(arguments.dtype, return forward<T>(arguments, stream))
+  return 1;
+}
+
+Status cross_entropy_backward(const CrossEntropy& arguments, Stream stream) {
+  if (arguments.classes > kMostClasses) return 1;
+  FASTLLM_SWITCH_DTYPE(arguments.dtype, return backward<T>(arguments, stream))
+  return 1;
+}
+
+}  // namespace fastllm::cuda

@@ -1,0 +1,205 @@
+// linear_cross_entropy on CUDA: cross_entropy(input linear_weight^T + linear_bias, target) without the N x V logits.
+//
+// Rows are taken in few large chunks: a library product writes a chunk's logits, the row kernel turns them into their
+// gradient where they stand, and two more products take that gradient to input and linear_weight. Three products in
+// all; the rest moves 2 chunk x V items. Small chunks would stream linear_weight and its gradient from memory more
+// often than they save. Several chunks' gradients of linear_weight are added up in float32 and rounded once.
+//
+// A chunk's rows start at 16-byte boundaries whatever V is, so that products and row kernel take 16 bytes at a time.
+// Without a gradient there are no gradient buffers: one chunk of logits is all that is held.
+#include "../../cuda/linear_cross_entropy.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "row_loss.h"
+
+namespace fastllm::cuda {
+namespace {
+
+#define FASTLLM_LCE_OPTIONS                                                                 \
+  int64_t reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale, \
+      std::optional<double> softcap
+
+constexpr const char* kOp = "linear_cross_entropy";
+constexpr int64_t kChunkRows = 4096;  // unless FASTLLM_LOSS_WORKSPACE gives a number of bytes of logits
+constexpr int64_t kRowMultiple = 64;
+
+// Bytes of logits held at once, or 0 where nobody says.
+int64_t workspace_limit() {
+  static const int64_t limit = [] {
+    const char* text = std::getenv("FASTLLM_LOSS_WORKSPACE");
+    if (text == nullptr) return int64_t{0};
+    char* end = nullptr;
+    const long long bytes = std::strtoll(text, &end, 10);
+    TORCH_CHECK_VALUE(end != text && *end == '\0' && bytes > 0,
+                      "FASTLLM_LOSS_WORKSPACE: expected a number of bytes > 0, got '", text, "'");
+    return static_cast<int64_t>(bytes);
+  }();
+  return limit;
+}
+
+// Rows of a chunk, even chunks. All of them where chunks would not save memory: several chunks in bfloat16 or float16
+// need a float32 sum of V x D beside the result.
+int64_t chunk_rows(int64_t rows, int64_t classes, int64_t features, int64_t item, bool need_weight) {
+  const int64_t row_bytes = std::max<int64_t>(classes * item, 1), limit = workspace_limit();
+  const int64_t most =
+      limit == 0 ? kChunkRows : std::max(limit / row_bytes / kRowMultiple * kRowMultiple, kRowMultiple);
+  const int64_t sum_bytes = need_weight && item == 2 ? classes * features * 4 : 0;
+  if (rows * row_bytes <= most * row_bytes + sum_bytes) return rows;
+  const int64_t chunks = (rows + most - 1) / most, even = (rows + chunks - 1) / chunks;
+  return std::min(most, (even + kRowMultiple - 1) / kRowMultiple * kRowMultiple);
+}
+
+struct Needs {
+  bool input, weight, bias;
+  bool any() const { return input || weight || bias; }
+};
+
+struct Gradients {
+  Tensor input, weight, bias;
+};
+
+// sum (float32, or the operands' dtype) = a b, added to what it holds unless it is the first.
+void add_product(const Tensor& sum, const Tensor& a, const Tensor& b, bool first) {
+  Tensor out = sum;
+  if (sum.scalar_type() == a.scalar_type()) {
+    first ? at::mm_out(out, a, b) : at::addmm_out(out, sum, a, b);
+    return;
+  }
+#ifdef FASTLLM_CUDA_HOST
+  const Tensor part = at::mm(a, b);
+  first ? out.copy_(part) : out.add_(part);
+#else
+  first ? at::mm_out(out, a, b, sum.scalar_type()) : at::addmm_out(out, sum, a, b, sum.scalar_type());
+#endif
+}
+
+// The walk over chunks. `loss` (N) acc is written; with needs, so are the gradients of the reduced loss for an incoming
+// gradient of () or, without reduction, (N); undefined: 1.
+class Walk {
+ public:
+  Walk(const Call& call, const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+       const OptionalTensor& class_weight, const LossOptions& options, Needs needs)
+      : call_(call),
+        input_(input.contiguous()),
+        weight_(weight.contiguous()),
+        bias_(defined(bias) ? bias->contiguous() : Tensor()),
+        rows_(call, kOp, input.scalar_type(), weight.size(0), target, class_weight, options),
+        needs_(needs) {}
+
+  const RowLoss& rows() const { return rows_; }
+
+  Gradients run(const Tensor& loss, const Tensor& incoming) {
+    const int64_t n = input_.size(0), classes = weight_.size(0), features = weight_.size(1);
+    const at::ScalarType dtype = input_.scalar_type();
+    const int64_t item = static_cast<int64_t>(input_.element_size());
+    const int64_t chunk = std::max<int64_t>(chunk_rows(n, classes, features, item, needs_.weight), 1);
+    const int64_t chunks = (n + chunk - 1) / chunk, multiple = 16 / item;
+    const bool several = chunks > 1;
+    const Tensor padded = call_.empty({std::min(chunk, n), (classes + multiple - 1) / multiple * multiple}, dtype);
+    const Tensor logits = padded.narrow(1, 0, classes),
+                 softmax = call_.empty({2, std::min(chunk, n)}, loss.scalar_type());
+    Gradients g;
+    if (needs_.input) g.input = call_.empty(input_.sizes(), dtype);
+    if (needs_.weight) g.weight = call_.empty(weight_.sizes(), several ? loss.scalar_type() : dtype);
+    const int64_t sum_blocks = column_sum_blocks(chunk, classes);
+    if (needs_.bias) bias_sums_ = call_.empty({chunks * sum_blocks, classes}, loss.scalar_type());
+    for (int64_t first = 0; first < n; first += chunk) {
+      const int64_t size = std::min(chunk, n - first);
+      const Tensor x = input_.narrow(0, first, size), z = logits.narrow(0, 0, size);
+      compute_logits(x, z);
+      rows_.forward(z, first, loss.narrow(0, first, size), softmax.narrow(1, 0, size), needs_.any() ? z : Tensor(),
+                    incoming.defined() && incoming.dim() == 1 ? incoming.narrow(0, first, size) : incoming);
+      if (needs_.input) {
+        Tensor part = g.input.narrow(0, first, size);
+        at::mm_out(part, z, weight_);
+      }
+      if (needs_.weight) add_product(g.weight, z.t(), x, first == 0);
+      if (needs_.bias) add_bias_gradient(z);
+    }
+    if (needs_.weight) g.weight = n == 0 ? at::zeros_like(weight_) : g.weight.to(dtype);
+    if (needs_.bias) g.bias = finished_bias();
+    return g;
+  }
+
+ private:
+  void compute_logits(const Tensor& x, Tensor z) const {
+    if (bias_.defined())
+      at::addmm_out(z, bias_, x, weight_.t());
+    else
+      at::mm_out(z, x, weight_.t());
+  }
+
+  void add_bias_gradient(const Tensor& dz) {
+    const int64_t blocks = column_sum_blocks(dz.size(0), dz.size(1));
+    const Tensor sums = bias_sums_.narrow(0, bias_blocks_, blocks);
+    call_.check(column_sums(dtype_tag(dz), call_.in(dz), dz.size(0), dz.size(1), dz.stride(0), call_.out(sums),
+                            call_.stream()));
+    bias_blocks_ += blocks;
+  }
+
+  Tensor finished_bias() const {
+    const Tensor bias = call_.empty({weight_.size(0)}, input_.scalar_type());
+    call_.check(finish_column_sums(dtype_tag(bias), call_.in(bias_sums_), bias_blocks_, bias.size(0), call_.out(bias),
+                                   call_.stream()));
+    return bias;
+  }
+
+  const Call& call_;
+  Tensor input_, weight_, bias_;
+  RowLoss rows_;
+  Needs needs_;
+  Tensor bias_sums_;
+  int64_t bias_blocks_ = 0;
+};
+
+// --- plain operations: input (N, D), linear_weight (V, D), target (N) or (N, V) ----------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> results(const Call& call, const Gradients& g, at::ScalarType dtype) {
+  const auto or_none = [&](const Tensor& t) { return t.defined() ? t : call.none(dtype); };
+  return {or_none(g.input), or_none(g.weight), or_none(g.bias)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& linear_weight,
+                                                   const Tensor& target, const OptionalTensor& linear_bias,
+                                                   const OptionalTensor& weight, FASTLLM_LCE_OPTIONS, bool need_input,
+                                                   bool need_weight, bool need_bias) {
+  const Call call(kOp, input);
+  const at::ScalarType acc = acc_dtype(input.scalar_type());
+  const Tensor loss = call.empty({input.size(0)}, acc);
+  Walk walk(call, input, linear_weight, target, linear_bias, weight,
+            {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)},
+            {need_input, need_weight, need_bias});
+  const Gradients g = walk.run(loss, Tensor());
+  return std::tuple_cat(std::make_tuple(walk.rows().reduced(loss, acc)), results(call, g, input.scalar_type()));
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& linear_weight,
+                                            const Tensor& target, const OptionalTensor& linear_bias,
+                                            const OptionalTensor& weight, FASTLLM_LCE_OPTIONS, bool need_input,
+                                            bool need_weight, bool need_bias) {
+  const Call call("linear_cross_entropy_backward", input);
+  const Tensor loss = call.empty({input.size(0)}, acc_dtype(input.scalar_type()));
+  Walk walk(call, input, linear_weight, target, linear_bias, weight,
+            {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)},
+            {need_input, need_weight, need_bias});
+  return results(call, walk.run(loss, grad_output), input.scalar_type());
+}
+
+// A kernel reads the factor, and returns at once where it is 1.
+void scale_(const Tensor& grad_output, const Tensor& grad) {
+  TORCH_CHECK(grad.is_non_overlapping_and_dense(), kOp, ": grad must be dense, got strides ", grad.strides());
+  const Call call(kOp, grad);
+  call.check(scale_unless_one(dtype_tag(grad), call.out(grad), grad.numel(), call.in(grad_output),
+                              grad_output.scalar_type() == acc_dtype(grad.scalar_type()), call.stream()));
+}
+
+TORCH_LIBRARY_IMPL(fastllm_cuda, FASTLLM_CUDA_KEY, m) {
+  m.impl("linear_cross_entropy_forward", forward);
+  m.impl("linear_cross_entropy_backward", backward);
+  m.impl("linear_cross_entropy_scale_", scale_);
+}
+
+}  // namespace
+}  // namespace fastllm::cuda
