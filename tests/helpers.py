@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INSTRUCTION_SETS = ("default", "avx2", "avx512")  # values of ATEN_CPU_CAPABILITY
@@ -84,3 +85,14 @@ def run_python(code: str, env: dict[str, str] | None = None, timeout: float = 30
         timeout=timeout,
         env={**os.environ, **(env or {})},
     )
+
+
+WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "bincount", "_unique2", "unique_dim"}
+
+
+class Waits(TorchDispatchMode):
+    """Fails at an operation that would make the host wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in WAITS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
