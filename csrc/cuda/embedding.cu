@@ -6,9 +6,10 @@
 //
 // The sorted positions are cut into chunks of fixed length, so a frequent row costs no thread more than a rare one. A
 // row whose positions lie in one chunk is summed and stored; of a row that crosses chunks each chunk leaves its part in
-// the accumulator's dtype. The second kernel adds those parts in order, and clears the rows that no position names,
-// which for a large vocabulary is most of the traffic: it is hidden behind that, however long the chain of a frequent
-// row is.
+// the accumulator's dtype. The second kernel adds those parts in order, beside clearing the rows that no position
+// names, which for a large vocabulary is most of the traffic.
+#include <initializer_list>
+
 #include "common.cuh"
 #include "embedding.h"
 #include "embedding_sort.h"
