@@ -409,7 +409,8 @@ def linear_cross_entropy(
     given; here -100 counts as not given.
     """
     op = "linear_cross_entropy"
-    _check_linear(input, linear_weight, linear_bias)
+    if linear_weight.dim() != 2:
+        _check_linear(input, linear_weight, linear_bias)  # else the compiled operation checks, or eager after this
     if reduction not in _REDUCTION_NAMES:
         reduction = _reduction_name(op, reduction)
     if ignore_index is None:
@@ -430,6 +431,7 @@ def linear_cross_entropy(
             softcap=softcap,
         )
     if not native(op, input, linear_weight, target, linear_bias, weight):
+        _check_linear(input, linear_weight, linear_bias)
         return eager.linear_cross_entropy(
             input,
             linear_weight,

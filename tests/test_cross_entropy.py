@@ -31,6 +31,11 @@ def assert_same(x, *args, **kwargs):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+def half_unit(dtype):
+    """Half a unit in the last place and a little: the error of one rounding of what float32 holds."""
+    return max(0.52 * torch.finfo(dtype).eps, 1e-5)
+
+
 INF = float("inf")
 
 
@@ -126,23 +131,23 @@ def test_every_class_finds_its_probability(classes, dtype):
             _, grad = gradient(F.cross_entropy, x, y, reduction="sum")
             p = torch.softmax(x.double(), 1)
             p[torch.arange(64), y] -= 1
-            eps = torch.finfo(dtype).eps
-            torch.testing.assert_close(grad.double(), p, rtol=1.5 * eps, atol=max(1e-6, eps * 1e-3))
+            torch.testing.assert_close(grad.double(), p, rtol=half_unit(dtype), atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_beyond_the_caches(dtype):
-    """More than 16 MiB are written past the caches, from the first aligned item of each row on."""
+    """More than 64 MiB are written past the caches, from the first aligned item of each row on."""
     torch.manual_seed(0)
-    x, y = torch.randn(331, 26051).to(dtype), torch.randint(0, 26051, (331,))
+    x, y = torch.randn(331, 101377).to(dtype), torch.randint(0, 101377, (331,))
     y[::7] = torch.arange(48)  # near the beginning of rows of every alignment
     _, grad = gradient(F.cross_entropy, x, y, reduction="sum")
-    p = torch.softmax(x.double(), 1)
-    p[torch.arange(331), y] -= 1
-    torch.testing.assert_close(grad.double(), p, rtol=1.5 * torch.finfo(dtype).eps, atol=1e-7)
     again = x.clone().requires_grad_()
     F.cross_entropy(again, y, reduction="sum", inplace_backward=True).backward()
-    torch.testing.assert_close(again.grad, grad, rtol=3 * torch.finfo(dtype).eps, atol=1e-7)
+    for rows in torch.arange(331).split(50):
+        p = torch.softmax(x[rows].double(), 1)
+        p[torch.arange(len(rows)), y[rows]] -= 1
+        for found in (grad[rows], again.grad[rows]):
+            torch.testing.assert_close(found.double(), p, rtol=half_unit(dtype), atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -148,20 +148,26 @@ struct Softmax {
   A lse() const { return max + log_sum(); }
 };
 
+// Blocks are equal but for the first, which is longer by `head`, so that those after it begin where streaming does.
+int64_t block_end(int64_t begin, int64_t head, int64_t n) {
+  const int64_t end = (begin == 0 ? head : begin) + kCrossEntropyBlock;
+  return end < n ? end : n;
+}
+
 // One walk over the row. With kKeep, e holds exp(x - reference of its block) and `references` one reference a block.
 template <class T, bool kKeep, bool kPairs>
 Softmax<acc_t<T>> softmax_walk(const T* x, int64_t n, acc_t<T>* e, acc_t<T>* references, int64_t head) {
   using A = acc_t<T>;
   A m = -kInfinity<A>, sum = 0;
-  for (int64_t begin = 0, b = 0; begin < n; begin += kCrossEntropyBlock, ++b) {
-    const int64_t size = n - begin < kCrossEntropyBlock ? n - begin : kCrossEntropyBlock;
+  for (int64_t begin = 0, b = 0; begin < n; begin = block_end(begin, head, n), ++b) {
+    const int64_t size = block_end(begin, head, n) - begin;
     const A block = row_max(x + begin, size);
     const A higher = block > m ? block : m;
     // While nothing but -inf has been seen, exponentials are taken against 0: they are 0, not exp(-inf + inf).
     const A reference = higher == -kInfinity<A> ? A(0) : higher;
     if (higher != m) sum = m == -kInfinity<A> && sum == 0 ? A(0) : sum * std::exp(m - higher);
     m = higher;
-    sum += exp_sum<T, kKeep, kPairs>(x + begin, reference, e + begin, size, head);
+    sum += exp_sum<T, kKeep, kPairs>(x + begin, reference, e + begin, size, begin == 0 ? head : 0);
     if constexpr (kKeep) references[b] = higher;
   }
   // A row of -inf alone has no distribution.
@@ -211,7 +217,7 @@ acc_t<T> distribution_loss(const T* x, const T* q, const acc_t<T>* weight, acc_t
 
 // Gradients beyond this size go past the caches, which could not hold them; unless they overwrite the logits, whose
 // lines are in the cache.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
+constexpr int64_t kStreamBytes = int64_t{64} << 20;
 
 template <class T>
 bool streams(const CrossEntropyRows& r) {
@@ -235,11 +241,10 @@ struct Sink {
     else
       std::memcpy(to + i, &bits, sizeof bits);
   }
-  // Items before the first address that stream() accepts.
+  // Items before the first whole cache line: one written half past the caches and half through them costs a read.
   FASTLLM_INLINE int64_t head() const {
     if (!streaming) return 0;
-    constexpr uintptr_t alignment = in_pairs<T> ? kVectorBytes : stream_alignment<T>;
-    return static_cast<int64_t>((-reinterpret_cast<uintptr_t>(to) & (alignment - 1)) / sizeof(T));
+    return static_cast<int64_t>((-reinterpret_cast<uintptr_t>(to) & 63) / sizeof(T));
   }
 };
 
@@ -300,14 +305,15 @@ void gradient_from_exponentials(const Problem<T>& problem, int64_t row, const ac
   T* grad = problem.grad(row);
   const bool streaming = streams<T>(problem.r);
   A truth = 0;
-  for (int64_t begin = 0, b = 0; begin < n; begin += kCrossEntropyBlock, ++b) {
-    const int64_t size = n - begin < kCrossEntropyBlock ? n - begin : kCrossEntropyBlock;
+  const int64_t head = Sink<T>{grad, streaming}.head();
+  for (int64_t begin = 0, b = 0; begin < n; begin = block_end(begin, head, n), ++b) {
+    const int64_t size = block_end(begin, head, n) - begin;
     const A above = references[b] == -kInfinity<A> ? A(0) : std::exp(references[b] - softmax.max);
     const A share = above / softmax.sum;
     const A factor = with_plain_nan(share * terms.probability);
     const Sink<T> sink{grad + begin, streaming};
     if (terms.y >= begin && terms.y < begin + size) {
-      const int64_t at = kPairs ? place<T>(terms.y - begin, sink.head(), size) : terms.y - begin;
+      const int64_t at = kPairs ? place<T>(terms.y - begin, begin == 0 ? head : 0, size) : terms.y - begin;
       truth = terms.at_class(e[begin + at] * share, problem.weight_of(terms.y));
     }
     const auto scaled = [&](int64_t i, int64_t some) { return load_some(e + begin + i, some) * factor; };
@@ -442,7 +448,7 @@ void forward_row(const Problem<T>& problem, int64_t row, acc_t<T>* scratch) {
   }
   A* references = scratch + r.classes;
   const auto walk = [&]<bool kKeep, bool kPairs>() {
-    const int64_t head = kKeep && kPairs ? Sink<T>{problem.grad(row), streams<T>(r)}.head() : 0;
+    const int64_t head = kKeep ? Sink<T>{problem.grad(row), streams<T>(r)}.head() : 0;
     const Softmax<A> softmax = softmax_walk<T, kKeep, kPairs>(x, r.classes, scratch, references, head);
     finish(row_loss<T, T>(problem, row, x, softmax, &mass), softmax.max, softmax.log_sum());
     if constexpr (kKeep) gradient_from_exponentials<T, kPairs>(problem, row, scratch, references, softmax, mass);
