@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,11 +76,12 @@ def check_against_float64(
 
 
 def run_python(code: str, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run ``code`` in a fresh interpreter (an instruction set is chosen once per process)."""
+    """Run ``code`` in a fresh interpreter (an instruction set is chosen once per process), on what conftest.py chooses."""
     import os
 
+    here = str(Path(__file__).resolve().parent)
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"import sys; sys.path.append({here!r}); import conftest\n{code}"],
         capture_output=True,
         text=True,
         timeout=timeout,
