@@ -163,7 +163,8 @@ class Panel {
     T max_[kRows], sum_[kRows], true_logit[kRows];
     for (int k = 0; k < kVectors; ++k) store(max_ + k * w, m[k]);
     for (int64_t i = 0; i < count_; ++i) true_logit[i] = e_[class_[i] * kRows + i];
-    // Against 0 where a row holds nothing but -inf: exponentials are 0, not exp(-inf + inf).
+    // Against 0 where a row holds nothing but -inf: exponentials are 0, not exp(-inf + inf). Their sum of 0 then makes
+    // the factor infinite and the gradients 0 times that: NaN, and -inf less -inf the loss.
     for (int k = 0; k < kVectors; ++k) m[k] = m[k] == -kInfinity<T> ? vec<T>{} : m[k];
     for (int64_t begin = 0; begin < s_.classes; begin += kBlock) {
       const int64_t end = begin + kBlock < s_.classes ? begin + kBlock : s_.classes;
@@ -179,8 +180,6 @@ class Panel {
     }
     for (int k = 0; k < kVectors; ++k) store(sum_ + k * w, sum[k]);
     for (int64_t i = 0; i < count_; ++i) {
-      // A row of -inf alone has no distribution.
-      if (max_[i] == -kInfinity<T>) sum_[i] = std::numeric_limits<T>::quiet_NaN();
       const T weight = s_.class_weight == nullptr ? T(1) : static_cast<const T*>(s_.class_weight)[class_[i]];
       const T by_row = s_.row_scale == nullptr ? T(1) : static_cast<const T*>(s_.row_scale)[row_[i]];
       static_cast<T*>(s_.loss)[row_[i]] = weight * (std::log(sum_[i]) - (true_logit[i] - max_[i]));
