@@ -27,6 +27,10 @@ REPORT = ROOT / "benchmarks" / "results" / "cuda" / "compiled.md"
 # Instructions that each file's machine code must hold: 16-byte accesses, matrix units, asynchronous copies.
 WIDE = [r"LDG\.E\S*\.128", r"STG\.E\S*\.128"]
 INSTRUCTIONS = {
+    "cross_entropy": {
+        target: [*WIDE, r"MUFU\.EX2", *([] if target == "sm_80" else ["UCGABAR_ARV"])] for target in TARGETS
+    },
+    "linear_cross_entropy": dict.fromkeys(TARGETS, WIDE),
     "mse_loss": dict.fromkeys(TARGETS, WIDE),
 }
 
