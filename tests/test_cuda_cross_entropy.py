@@ -160,20 +160,24 @@ def test_ignored_rows_are_not_read(strategy, dtype):
     assert rows[1] == 0 and rows[3] == 0 and softmax[:, 1::2].eq(0).all()
 
 
-OPTIONS = {
-    "smoothing": (0.1, 0.0, None, False),
-    "weights, z-loss": (0.0, 1e-2, None, True),
-    "smoothing, weights": (0.3, 0.0, None, True),
-    "softcap": (0.0, 0.0, 5.0, False),
-    "all": (0.2, 1e-2, 5.0, True),
-}
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("kind", ["int64", "int32", "probabilities"])
-def test_options(strategy, options, kind):
-    smoothing, z, cap, weighted = OPTIONS[options]
-    for dtype, classes, offset in ((torch.float32, 131, 0), (torch.bfloat16, 2070, 1)):
+@pytest.mark.parametrize(
+    "kind, smoothing, z, cap, weighted",
+    [
+        ("int64", 0.1, 0.0, None, False),
+        ("int32", 0.0, 1e-2, None, True),
+        ("int64", 0.3, 0.0, None, True),
+        ("int32", 0.0, 0.0, 5.0, False),
+        ("int64", 0.2, 1e-2, 5.0, True),
+        ("probabilities", 0.0, 0.0, None, False),
+        ("probabilities", 0.2, 1e-2, 5.0, True),
+    ],
+)
+def test_options(strategy, kind, smoothing, z, cap, weighted):
+    for dtype, classes, offset, reduction in (
+        (torch.float32, 131, 0, "mean"),
+        (torch.float32, 131, 0, "none"),
+        (torch.bfloat16, 2070, 1, "sum"),
+    ):
         x = logits(4, classes + 1, dtype).detach()[:, offset : offset + classes].requires_grad_()
         w = torch.rand(classes) + 0.5 if weighted else None
         y = targets(4, classes)
@@ -181,16 +185,15 @@ def test_options(strategy, options, kind):
             y = torch.softmax(torch.randn(4, classes), 1)
         elif kind == "int32":
             y = y.int()
-        for reduction in ("mean", "none"):
-            check_against_float64(
-                lambda x, y=y, w=w, r=reduction: F.cross_entropy(
-                    x, like(y, x), like(w, x), reduction=r, label_smoothing=smoothing, lse_square_scale=z, softcap=cap
-                ),
-                lambda x, y=y, w=w, r=reduction: reference_cross_entropy(
-                    x, like(y, x), like(w, x), r, -100, smoothing, z, cap
-                ),
-                [x],
-            )
+        check_against_float64(
+            lambda x, y=y, w=w, r=reduction: F.cross_entropy(
+                x, like(y, x), like(w, x), reduction=r, label_smoothing=smoothing, lse_square_scale=z, softcap=cap
+            ),
+            lambda x, y=y, w=w, r=reduction: reference_cross_entropy(
+                x, like(y, x), like(w, x), r, -100, smoothing, z, cap
+            ),
+            [x],
+        )
 
 
 def test_few_long_rows_are_cut_in_backward():
@@ -290,74 +293,28 @@ def test_bad_input(monkeypatch):
         F.cross_entropy(x, torch.tensor([0, 1, 2]))
 
 
-# Kernel, file, text, what it becomes, what tests say: each must fail a test.
+# File, text, what it becomes: each must fail a test.
 PLANTED = {
-    "a missing barrier between warps": (
-        "cross_entropy",
-        "cross_entropy_rows.cuh",
-        "if (lane == 0) scratch[warp] = s;\n  sync_block();",
-        "if (lane == 0) scratch[warp] = s;",
-        "AssertionError",
-    ),
     "a missing barrier of the cluster": (
-        "cross_entropy",
-        "cross_entropy_rows.cuh",
+        "cross_entropy_softmax.cuh",
         "s);\n  sync_cluster();",
         "s);",
-        "AssertionError",
     ),
     "an off-by-one at the tail": (
-        "cross_entropy",
         "cross_entropy_rows.cuh",
         "column < r.classes ? column : -1",
         "column < r.classes - 1 ? column : -1",
-        "AssertionError",
-    ),
-    "a missing peel": (
-        "cross_entropy",
-        "cross_entropy_rows.cuh",
-        "row->head = head < r.classes ? head : r.classes;",
-        "row->head = 0 * head;",
-        "misaligned load",
-    ),
-    "a gradient stored as if its rows were aligned as the logits'": (
-        "cross_entropy",
-        "cross_entropy.cu",
-        "r.grad_width = common_width(c.logits, bytes, c.grad, c.grad_stride * item);",
-        "r.grad_width = 16;",
-        "misaligned store",
-    ),
-    "a gradient written before all have read": (
-        "cross_entropy",
-        "cross_entropy.cu",
-        "const A z_class = logit_of_class<general>(r, row);\n  Stats<A> s = read_row<general, with_grad>(r, row);\n"
-        "  s = merge_block<general>(s, reinterpret_cast<Stats<A>*>(shared_memory()));",
-        "Stats<A> s = read_row<general, with_grad>(r, row);\n"
-        "  s = merge_block<general>(s, reinterpret_cast<Stats<A>*>(shared_memory()));\n"
-        "  if (with_grad && threadIdx.x == 0) store(grad_of(r, row), T{});\n"
-        "  const A z_class = logit_of_class<general>(r, row);",
-        "AssertionError",
-    ),
-    "a divisor of the first block's rows": (
-        "cross_entropy_sums",
-        "cross_entropy_sums.cu",
-        "Item<double>{partial}, blocks, blocks,",
-        "Item<double>{partial}, blocks - 1, blocks,",
-        "AssertionError",
     ),
 }
 
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_found(bug, tmp_path):
-    *change, said = PLANTED[bug]
-    library = cuda_host.build_mutant(tmp_path, *change)
-    tests = [
-        ROOT / "tests" / "test_cuda_cross_entropy.py", "-x", "-k",
-        "not planted and (start_anywhere or sums_over or overwrites) and (bfloat16 or sums_over)",
-    ]  # fmt: skip
+    library = cuda_host.build_mutant(tmp_path, "cross_entropy", *PLANTED[bug])
+    chosen = "start_anywhere and bfloat16 and (cluster4 or passes)"
+    tests = [ROOT / "tests" / "test_cuda_cross_entropy.py", "-x", "-k", chosen]
     env = {"FASTLLM_CUDA_HOST_LIBRARY": str(library), "FASTLLM_BACKEND": "cuda"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *map(str, tests)]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
     assert run.returncode == 1, run.stdout[-2000:]
-    assert said in run.stdout
+    assert "AssertionError" in run.stdout

@@ -137,6 +137,7 @@ def test_several_chunks(dtype):
     """Chunks of 64 rows, in a process of their own: the size is read once."""
     code = f"""
 import sys; sys.path.insert(0, {TESTS!r})
+import conftest
 import torch
 import torch.nn.functional as TF
 import fastllm.functional as F

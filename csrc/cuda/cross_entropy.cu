@@ -9,7 +9,7 @@
 //
 // Sums are taken in float32 (float64 for float64), thread by thread, then in a fixed order: the same bits every time.
 #include "cross_entropy.h"
-#include "cross_entropy_rows.cuh"
+#include "cross_entropy_softmax.cuh"
 
 namespace fastllm::cuda {
 namespace {
@@ -21,8 +21,10 @@ constexpr int kHoldingThreads = 512;
 template <class T, bool general>
 constexpr int kHoldingBlocks = kLean<T, general> ? 2 : 1;
 constexpr int kThreads = 256;
-template <class T, bool general>
-constexpr int kStreamingBlocks = kLean<T, general> ? 4 : 2;
+template <class T, bool general, bool with_grad>
+constexpr int kStreamingBlocks = !kLean<T, general> ? 2
+                                 : with_grad        ? 4
+                                                    : 5;
 template <class T, bool general>
 constexpr int kBackwardBlocks = kLean<T, general> ? 3 : 2;
 
@@ -209,7 +211,7 @@ FASTLLM_DEVICE Stats<Acc<T> > read_row(const Rows<T>& r, const Row<T>& row) {
 
 // A row by one block, read once for its loss, and once more for its gradient.
 template <class T, bool general, bool with_grad>
-__global__ void __launch_bounds__(kThreads, kStreamingBlocks<T, general>) streamed_rows(Rows<T> r) {
+__global__ void __launch_bounds__(kThreads, kStreamingBlocks<T, general, with_grad>) streamed_rows(Rows<T> r) {
   using A = Acc<T>;
   Row<T> row;
   if (!open_row(r, blockIdx.x, &row)) {
