@@ -213,10 +213,12 @@ void run_cluster(std::minstd_rand& random) {
   int idle = 0;
   while (left > 0 && !failed) {
     progress = false;
+    const auto held = random() & random();  // warps that fall behind: they would stay in step, as if barriers held them
     std::shuffle(order.begin(), order.begin() + static_cast<int64_t>(left), random);
     for (size_t i = 0; i < left && !failed;) {
       Fiber* f = order[i];
-      if (f->wakes != nullptr && !*f->wakes) {
+      const bool waits = f->wakes != nullptr && !*f->wakes;
+      if (waits || (held >> (f->linear / 32 + 5 * f->block->rank) % 31 & 1)) {
         ++i;
         continue;
       }
