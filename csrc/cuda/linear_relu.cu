@@ -47,16 +47,15 @@ Fold fold(int64_t rows, int64_t columns, int64_t vector) {
   return f;
 }
 
-// The vector of this thread: where it lies in a folded row, and its folded rows [row, end) in steps of kHeight.
-struct Place {
-  int64_t item, row, end;
+// The vectors of this thread: items of a folded row from `column` on, at `first`, `first` + `step`, ... below `limit`.
+struct Walk {
+  int64_t column, first, step, limit;
 };
-template <int N>
-FASTLLM_DEVICE Place place(const Fold& f) {
+FASTLLM_DEVICE Walk walk(const Fold& f) {
   const int64_t group = blockIdx.x % f.groups, slice = blockIdx.x / f.groups;
-  const int64_t end = (slice + 1) * f.height, folded = (f.count + f.width - 1) / f.width;
-  return {(group * kWarp + threadIdx.x % kWarp) * N, slice * f.height + threadIdx.x / kWarp,
-          end < folded ? end : folded};
+  const int64_t column = (group * kWarp + threadIdx.x % kWarp) * f.vector, row = slice * f.height + threadIdx.x / kWarp;
+  const int64_t end = (slice + 1) * f.height * f.width, limit = end < f.count ? end : f.count;
+  return {column, row * f.width + column, kHeight * f.width, column < f.width ? limit : 0};
 }
 
 template <class A>
@@ -67,22 +66,22 @@ FASTLLM_DEVICE A relu(A x) {
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) bias_relu_rows(T* y, const T* bias, int64_t columns, Fold f) {
   using A = Acc<T>;
-  const Place at = place<N>(f);
-  if (at.item >= f.width) return;
+  const Walk w = walk(f);
   A b[N];
 #pragma unroll
-  for (int j = 0; j < N; ++j) b[j] = bias != nullptr ? load_acc(bias + (at.item + j) % columns) : A(0);
-  for (int64_t row = at.row; row < at.end; row += kHeight * kInFlight) {
+  for (int j = 0; j < N; ++j) b[j] = bias != nullptr ? load_acc(bias + (w.column + j) % columns) : A(0);
+  for (int64_t from = w.first; from < w.limit; from += kInFlight * w.step) {
     Vec<T, N> v[kInFlight];
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      const int64_t i = (row + k * kHeight) * f.width + at.item;
-      if (row + k * kHeight < at.end && i + N <= f.count) v[k] = load_vec<N>(y + i);
+      const int64_t i = from + k * w.step;
+      if (i >= w.limit || i + N > f.count) break;
+      v[k] = load_vec<N>(y + i);
     }
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      const int64_t i = (row + k * kHeight) * f.width + at.item;
-      if (row + k * kHeight >= at.end) break;
+      const int64_t i = from + k * w.step;
+      if (i >= w.limit) break;
       if (i + N <= f.count) {
 #pragma unroll
         for (int j = 0; j < N; ++j) v[k].items[j] = narrow<T>(relu(widen(v[k].items[j]) + b[j]));
@@ -103,7 +102,7 @@ FASTLLM_DEVICE T masked(T dy, T y) {
 
 // Adds what the warps of a block hold for the same columns; partial is (slices, width).
 template <class T, int N>
-FASTLLM_DEVICE void store_sums(const Acc<T> (&sums)[N], const Fold& f, int64_t item, Acc<T>* partial) {
+FASTLLM_DEVICE void store_sums(const Acc<T> (&sums)[N], const Fold& f, Acc<T>* partial) {
   using A = Acc<T>;
   constexpr int kRow = kWarp * N;
   A* scratch = reinterpret_cast<A*>(shared_memory());  // (kHeight, kRow)
@@ -123,23 +122,23 @@ FASTLLM_DEVICE void store_sums(const Acc<T> (&sums)[N], const Fold& f, int64_t i
 }
 
 template <class T, int N, bool with_mask, bool with_sums>
-__global__ void __launch_bounds__(kThreads) mask_rows(const T* dy, const T* y, T* dz, Acc<T>* partial, Fold f) {
+__global__ void __launch_bounds__(kThreads, 3) mask_rows(const T* dy, const T* y, T* dz, Acc<T>* partial, Fold f) {
   using A = Acc<T>;
-  const Place at = place<N>(f);
+  const Walk w = walk(f);
   A sums[N] = {};
-  for (int64_t row = at.row; row < at.end && at.item < f.width; row += kHeight * kInFlight) {
+  for (int64_t from = w.first; from < w.limit; from += kInFlight * w.step) {
     Vec<T, N> d[kInFlight], m[kInFlight];
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      const int64_t i = (row + k * kHeight) * f.width + at.item;
-      if (row + k * kHeight >= at.end || i + N > f.count) break;
+      const int64_t i = from + k * w.step;
+      if (i >= w.limit || i + N > f.count) break;
       d[k] = load_vec<N>(dy + i);
       if constexpr (with_mask) m[k] = load_vec<N>(y + i);
     }
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      const int64_t i = (row + k * kHeight) * f.width + at.item;
-      if (row + k * kHeight >= at.end) break;
+      const int64_t i = from + k * w.step;
+      if (i >= w.limit) break;
       if (i + N <= f.count) {
 #pragma unroll
         for (int j = 0; j < N; ++j) {
@@ -158,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) mask_rows(const T* dy, const T* y, T
       }
     }
   }
-  if constexpr (with_sums) store_sums<T>(sums, f, at.item, partial);
+  if constexpr (with_sums) store_sums<T>(sums, f, partial);
 }
 
 // One thread a column and `height` rows side by side.
