@@ -42,6 +42,7 @@ def facts(threads: int, device: str) -> dict:
         "processor": processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "load": round(os.getloadavg()[0], 1),  # before the measurement: what else ran
         "threads": threads,
         "instruction_set": info["instruction_set"],
         "float32_gemm": info["float32_gemm"],

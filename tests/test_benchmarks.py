@@ -73,6 +73,7 @@ def results(*cases):
         "processor": "P",
         "instruction_set": "AVX2",
         "threads": 2,
+        "load": 0.1,
         "torch": "2.13.0",
         "float32_gemm": "BLAS",
         "date": "2026-01-01",
