@@ -138,8 +138,6 @@ def train(losses: dict[str, tuple[object, Loss]], ids, device: str, seconds: flo
     """By variant: tokens a second, bytes beyond those of model and optimizer, the loss of the first step."""
     import harness
 
-    from fastllm import memory
-
     clock = harness.Clock(device)
     trainings = {name: Training(name, model, loss, ids) for name, (model, loss) in losses.items()}
     first, peaks, failed = {}, {}, {}
@@ -148,7 +146,6 @@ def train(losses: dict[str, tuple[object, Loss]], ids, device: str, seconds: flo
             first[name] = float(training.step())
             training.step()
             training.optimizer.zero_grad(set_to_none=True)
-            memory.empty_pool()
             peaks[name] = harness.peak_of(training.step, device)
             training.optimizer.zero_grad(set_to_none=True)
         except Exception as error:  # torch.compile may fail on a machine without a compiler

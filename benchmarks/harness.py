@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import threading
 import time
@@ -13,6 +14,7 @@ from cases import DTYPES, Case
 from torch import Tensor
 
 import fastllm.functional as F
+from fastllm import memory
 
 MODES = ("both", "forward", "backward", "no_grad")
 LEAST = 3  # rounds that are measured however long they take
@@ -201,13 +203,18 @@ def _resident() -> int:
 
 
 def peak_of(function: Callable, device: str) -> int:
-    """Bytes by which memory grows, at most, during a call: resident, or allocated on CUDA."""
+    """Bytes by which memory grows, at most, during a call: resident, or allocated on CUDA.
+
+    On the CPU from an empty pool, and with what malloc keeps free given back to the system, else its reuse would not show.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
+    memory.empty_pool()
+    ctypes.CDLL(None).malloc_trim(0)
     before = peak = _resident()
     stop = threading.Event()
 
@@ -226,11 +233,8 @@ def peak_of(function: Callable, device: str) -> int:
 
 
 def extra_peak(case: Case, function: Callable, device: str) -> int:
-    """Peak of one forward and backward, from an empty pool."""
-    from fastllm import memory
-
+    """Peak of one forward and backward."""
     prepare(case)
-    memory.empty_pool()
     peak = peak_of(lambda: step(case, function), device)
     prepare(case)
     return peak

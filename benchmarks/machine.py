@@ -64,7 +64,8 @@ def where(machine: dict) -> str:
     """The machine in a few words."""
     if machine["device"] != "cpu":
         return machine["device"]
-    return f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    return f"{machine['processor']}, {machine['instruction_set']}, {threads}"
 
 
 def slug(device: str) -> str:

@@ -96,7 +96,7 @@ def draw_speedup(report: dict):
         bars(axis, names, values, limits)
         axis.set_title(dtype, fontsize=9, loc="left")
     axes[-1, 0].set_xlabel("times as fast as eager PyTorch, forward and backward (minima, logarithmic)")
-    axes[0, 0].legend(loc="lower right", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(subtitle(report["machine"]), fontsize=10)
     return figure
 
@@ -186,7 +186,7 @@ def draw_bandwidth(report: dict):
         axes.grid(alpha=0.3)
         axes.set_title(name, fontsize=9, loc="left")
     panels[0][0].set_ylabel("GB/s, logits read and gradient written")
-    panels[0][0].legend(fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(subtitle(report["machine"]) + "\nabove the machine's lines: part of the data stays in the caches",
                     fontsize=9)  # fmt: skip
     return figure
@@ -202,7 +202,8 @@ def draw_threads(report: dict):
         places = [row + 0.4 * (i - 0.5) for row in range(len(points))]
         axes.barh(places, gains, 0.4, color=COLORS[variant], label=variant)
         for y, gain in zip(places, gains, strict=True):
-            axes.annotate(f"{gain:.2f}", (gain, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.annotate(f"{gain:.2f}", (gain, y), (-3, 0), textcoords="offset points", va="center", ha="right",
+                          fontsize=8, color="white")  # fmt: skip
     most = top_threads(points[0])
     axes.axvline(int(most), color="black", linestyle="--", linewidth=1, label="ideal")
     axes.set_yticks(range(len(points)), [f"{p['series']}\nlargest: {p['size']}" for p in points], fontsize=8)

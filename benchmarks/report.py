@@ -100,7 +100,8 @@ def head(report: dict) -> str:
     m, limits = report["machine"], report["machine"]["limits"]
     products = f"float32 products by {m['float32_gemm']}; " if m["device"] == "cpu" else f"CUDA {m['cuda']}; "
     text = (
-        f"{machine.where(m)}; torch {m['torch']}; {products}{m['date']}, commit {m['commit']}, load average before {m['load']:g}. Measured in the same run: "
+        f"{machine.where(m)}; torch {m['torch']}; {products}{m['date']}, commit {m['commit']}, "
+        f"load average before {m['load']:g}. Measured in the same run: "
         f"copy {limits['copy'] / 1e9:.3g} GB/s, in place {limits['in_place'] / 1e9:.3g} GB/s; square products, PyTorch's "
         f"or ours: {limits['gemm_fp32'] / 1e9:.3g} GFLOP/s fp32, {limits['gemm_bf16'] / 1e9:.3g} bf16.\n"
     )
