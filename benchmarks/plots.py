@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -59,10 +60,15 @@ def speedups(report: dict, dtype: str) -> tuple[list[str], dict[str, list[float 
 
 
 def bars(axes, names: list[str], values: dict[str, list[float | None]], limits: tuple[float, float]) -> None:
-    """Horizontal bars from 1 on a logarithmic axis: right of 1 is faster than eager PyTorch."""
+    """Horizontal bars from 1 on a logarithmic axis: right of 1 is faster than eager PyTorch. A row holds those it has."""
     height = 0.8 / max(len(values), 1)
-    for i, (variant, column) in enumerate(values.items()):
-        shown = [(row + (i - (len(values) - 1) / 2) * height, v) for row, v in enumerate(column) if v is not None]
+    present = [[variant for variant in values if values[variant][row] is not None] for row in range(len(names))]
+    for variant, column in values.items():
+        shown = [
+            (row + (present[row].index(variant) - (len(present[row]) - 1) / 2) * height, v)
+            for row, v in enumerate(column)
+            if v is not None
+        ]
         axes.barh([y for y, _ in shown], [v - 1 for _, v in shown], height, left=1, color=COLORS[variant],
                   label=LABELS.get(variant, variant))  # fmt: skip
         for y, v in shown:
@@ -111,6 +117,8 @@ def series(report: dict, name: str) -> list[dict]:
 
 def logarithmic(axes, sizes: list[int], x: str, y: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    low, high = axes.get_ylim()
+    axes.set_ylim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))
     axes.set_xticks(sizes, [str(s) for s in sizes])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
