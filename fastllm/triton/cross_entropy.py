@@ -71,7 +71,9 @@ def _shares(columns, mask, q_row, weight, even, y_share, y,
     else:
         share = tl.where(columns == y, y_share, 0.0)
     if WEIGHTED:
-        share *= tl.load(weight + columns, mask=mask, other=0.0)
+        weighted = share * tl.load(weight + columns, mask=mask, other=0.0)
+        # Without smoothing another class's weight does not count, not even a NaN.
+        share = weighted if PROBABILITIES or SMOOTHED else tl.where(columns == y, weighted, 0.0)
     return tl.where(mask, share, 0.0)
 
 
