@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
 
-.PHONY: demo test check test-asan bench bench-quick plots readme-benchmarks gpu-check clean
+.PHONY: demo test check test-asan bench bench-quick bench-all plots readme-benchmarks gpu-check clean
 
 demo: .venv/built
 	$(VENV_PYTHON) -m fastllm train --compare-eager
@@ -18,14 +18,18 @@ test-asan: .venv/installed
 	$(VENV_PYTHON) tests/run.py --sanitize address
 
 bench: .venv/built
-	$(VENV_PYTHON) benchmarks/run.py --device cpu
-
-plots: .venv/built
-	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
-	$(VENV_PYTHON) benchmarks/plots.py benchmarks/results/cpu
+	$(VENV_PYTHON) benchmarks/run.py --device cpu --out auto
 
 bench-quick: .venv/built
 	$(VENV_PYTHON) benchmarks/run.py --device cpu --quick
+
+# Every measurement, the plots, and README: about 25 minutes on two quiet cores.
+bench-all: .venv/built .venv/benchmarks
+	$(VENV_PYTHON) benchmarks/everything.py
+
+# RESULTS is a folder of results; without it, the one that README shows.
+plots: .venv/built .venv/benchmarks
+	$(VENV_PYTHON) benchmarks/plots.py $(RESULTS)
 
 readme-benchmarks: .venv/built
 	$(VENV_PYTHON) benchmarks/readme.py
@@ -37,6 +41,9 @@ gpu-check:
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt && touch $@
+
+.venv/benchmarks: .venv/installed benchmarks/requirements.txt
+	$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt && touch $@
 
 .venv/built: .venv/installed $(SOURCES)
 	FASTLLM_REQUIRE_NATIVE=1 $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e . && touch $@

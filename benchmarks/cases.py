@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as TF
@@ -15,9 +16,26 @@ from fastllm.models import MLPLanguageModel
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+class Sizes(NamedTuple):
+    """Embedding D, hidden layer H and vocabulary V of a model."""
+
+    d: int
+    h: int
+    v: int
+
+
+SHAPES = {
+    "small": Sizes(10, 20, 1000),
+    "gpt2": Sizes(768, 3072, 50257),
+    "llama": Sizes(4096, 14336, 128256),
+    "gemma": Sizes(1152, 6912, 262144),
+    "aim": Sizes(1024, 4096, 16384),  # no model's: the shapes for which a target was set
+}
+
+
 @dataclass
 class Case:
-    """One row of the table: forward and backward of ``ours`` against ``eager`` on the same leaves.
+    """One row of the table: forward and backward of ``ours`` against ``eager`` on the same arguments.
 
     ``bytes`` and ``flops`` are the least that the computation must move through memory and multiply: every input read
     once, every result written once; 2 M N K a product.
@@ -26,20 +44,44 @@ class Case:
     op: str
     shape: str
     dtype: str
-    eager: Callable[[], Tensor]
-    ours: Callable[[], Tensor]
+    eager: Callable[..., Tensor]
+    ours: Callable[..., Tensor]
+    arguments: tuple[Tensor, ...]
     leaves: list[Tensor]
-    target: float | None  # ratio of eager's time to ours that was aimed at
     bytes: int = 0
     flops: int = 0
-    repeats: int = 10
+    repeats: int = 10  # at most
     reset: Callable[[], None] | None = None  # restores what a variant overwrites
-    peers: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # further variants
     incoming: Tensor | None = None  # the incoming gradient, where the output is not a scalar
 
     @property
+    def launches_count(self) -> bool:
+        """So small that a GPU waits for the host: a CUDA graph tells more."""
+        return self.bytes < 2**24 and self.flops < 2**30
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case to be: its tensors live only while it runs."""
+
+    make: Callable[..., Case]
+    named: str  # of SHAPES
+    dtype: str
+    n: int  # rows, or ids
+    aim: float | None = None  # ratio of eager's time to ours that was aimed at
+    quick: bool = False  # part of --quick
+    options: dict = field(default_factory=dict)
+
+    @property
+    def op(self) -> str:
+        return self.make.__name__
+
+    @property
     def name(self) -> str:
-        return f"{self.op} {self.shape} {self.dtype}"
+        return " ".join([self.op, *map(str, self.options.values()), self.named, str(self.n), self.dtype])
+
+    def case(self) -> Case:
+        return self.make(self.n, SHAPES[self.named], self.dtype, **self.options)
 
 
 def zipf(count: int, vocabulary: int) -> Tensor:
@@ -48,179 +90,207 @@ def zipf(count: int, vocabulary: int) -> Tensor:
     return torch.multinomial(weights, count, replacement=True)
 
 
-def _leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape) * scale).to(dtype).requires_grad_()
+def normal(*shape: int, dtype: str, scale: float = 1.0) -> Tensor:
+    return torch.empty(shape, dtype=DTYPES[dtype]).normal_(0, scale)
 
 
-def cross_entropy(n: int, v: int, dtype: str, target: float | None, in_place: bool = False) -> Case:
-    x, y = _leaf(n, v, dtype=DTYPES[dtype]), torch.randint(0, v, (n,))
+def leaf(*shape: int, dtype: str, scale: float = 1.0) -> Tensor:
+    return normal(*shape, dtype=dtype, scale=scale).requires_grad_()
+
+
+def cross_entropy(n: int, sizes: Sizes, dtype: str, place: str = "") -> Case:
+    """``place="in place"``: the gradient may overwrite the logits."""
+    v = sizes.v
+    x, y = leaf(n, v, dtype=dtype), torch.randint(0, v, (n,))
+    in_place = place == "in place"
     initial = x.detach().clone() if in_place else None
     return Case(
-        "cross_entropy" + (" in place" if in_place else ""),
+        f"cross_entropy {place}".strip(),
         f"{n} x {v}",
         dtype,
-        lambda: TF.cross_entropy(x, y),
-        lambda: F.cross_entropy(x, y, inplace_backward=in_place),
+        TF.cross_entropy,
+        (lambda x, y: F.cross_entropy(x, y, inplace_backward=True)) if in_place else F.cross_entropy,
+        (x, y),
         [x],
-        target,
         bytes=2 * n * v * x.element_size(),  # logits read, gradient written
-        repeats=7 if n * v > 10**7 else 200,
+        repeats=12 if n * v > 10**7 else 200,
         reset=(lambda: x.data.copy_(initial)) if in_place else None,
     )
 
 
-def linear_cross_entropy(n: int, d: int, v: int, dtype: str, target: float | None) -> Case:
-    x, w = _leaf(n, d, dtype=DTYPES[dtype]), _leaf(v, d, dtype=DTYPES[dtype], scale=d**-0.5)
-    y = torch.randint(0, v, (n,))
-    own = getattr(TF, "linear_cross_entropy", None)  # PyTorch 2.13's, in chunks of its own choice
-    peers = {} if own is None else {"torch's own": lambda: own(x, w, y)}
+def linear_cross_entropy(n: int, sizes: Sizes, dtype: str) -> Case:
+    # The small model's loss comes after its hidden layer; elsewhere the trunk is D wide.
+    d, v = sizes.h if sizes is SHAPES["small"] else sizes.d, sizes.v
+    x, w = leaf(n, d, dtype=dtype), leaf(v, d, dtype=dtype, scale=d**-0.5)
     return Case(
         "linear_cross_entropy",
         f"{n}, {d} -> {v}",
         dtype,
-        lambda: TF.cross_entropy(TF.linear(x, w), y),
-        lambda: F.linear_cross_entropy(x, w, y),
+        lambda x, w, y: TF.cross_entropy(TF.linear(x, w), y),
+        F.linear_cross_entropy,
+        (x, w, torch.randint(0, v, (n,))),
         [x, w],
-        target,
-        flops=6 * n * d * v,  # three products
-        repeats=3,
-        peers=peers,
+        flops=6 * n * d * v,  # logits, and the gradients of input and weight: three products
+        repeats=5 if n * d * v > 10**9 else 100,
     )
 
 
-def mse_loss(n: int, dtype: str, target: float | None) -> Case:
-    x, t = _leaf(n, dtype=DTYPES[dtype]), torch.randn(n).to(DTYPES[dtype])
+def mse_loss(n: int, sizes: Sizes, dtype: str) -> Case:
+    v = sizes.v
+    x = leaf(n, v, dtype=dtype)
     return Case(
         "mse_loss",
-        f"{n}",
+        f"{n} x {v}",
         dtype,
-        lambda: TF.mse_loss(x, t),
-        lambda: F.mse_loss(x, t),
+        TF.mse_loss,
+        F.mse_loss,
+        (x, normal(n, v, dtype=dtype)),
         [x],
-        target,
-        bytes=3 * n * x.element_size(),  # two read, one written
-        repeats=12,
+        bytes=3 * n * v * x.element_size(),  # two read, one written
+        repeats=20 if n * v > 10**7 else 200,
     )
 
 
-def embedding(n: int, v: int, d: int, dtype: str, target: float | None, ids: str = "zipf") -> Case:
-    w = _leaf(v, d, dtype=DTYPES[dtype])
-    i = zipf(n, v) if ids == "zipf" else torch.randint(0, v, (n,))
+def embedding(n: int, sizes: Sizes, dtype: str, ids: str = "zipf") -> Case:
+    d, v = sizes.d, sizes.v
+    w = leaf(v, d, dtype=dtype)
     return Case(
         f"embedding {ids}",
         f"{n} of {v} x {d}",
         dtype,
-        lambda: TF.embedding(i, w),
-        lambda: F.embedding(i, w),
+        TF.embedding,
+        F.embedding,
+        (zipf(n, v) if ids == "zipf" else torch.randint(0, v, (n,)), w),
         [w],
-        target,
-        bytes=(3 * n * d + v * d) * w.element_size(),  # rows gathered, their gradients read, the table written
-        incoming=torch.randn(n, d),
+        bytes=(3 * n * d + v * d) * w.element_size(),  # rows gathered, their gradients read, the table's written
+        incoming=normal(n, d, dtype=dtype),
         repeats=12 if v * d > 10**6 else 300,
     )
 
 
-def linear_relu(m: int, k: int, n: int, dtype: str, target: float | None) -> Case:
-    t = DTYPES[dtype]
-    x, w, b = _leaf(m, k, dtype=t), _leaf(n, k, dtype=t, scale=k**-0.5), _leaf(n, dtype=t)
+def linear_relu(n: int, sizes: Sizes, dtype: str) -> Case:
+    d, h = sizes.d, sizes.h
+    x, w, b = leaf(n, d, dtype=dtype), leaf(h, d, dtype=dtype, scale=d**-0.5), leaf(h, dtype=dtype)
     return Case(
         "linear_relu",
-        f"{m}, {k} -> {n}",
+        f"{n}, {d} -> {h}",
         dtype,
-        lambda: torch.relu(TF.linear(x, w, b)),
-        lambda: F.linear_relu(x, w, b),
+        lambda x, w, b: torch.relu(TF.linear(x, w, b)),
+        F.linear_relu,
+        (x, w, b),
         [x, w, b],
-        target,
-        flops=6 * m * k * n,
-        incoming=torch.randn(m, n),
-        repeats=6 if m * k * n > 10**8 else 500,
+        flops=6 * n * d * h,  # three products
+        incoming=normal(n, h, dtype=dtype),
+        repeats=8 if n * d * h > 10**8 else 500,
     )
 
 
-def relu_mlp(m: int, k: int, h: int, dtype: str, target: float | None) -> Case:
-    t = DTYPES[dtype]
-    x, w1, b1 = _leaf(m, k, dtype=t), _leaf(h, k, dtype=t, scale=k**-0.5), _leaf(h, dtype=t)
-    w2, b2 = _leaf(k, h, dtype=t, scale=h**-0.5), _leaf(k, dtype=t)
+def relu_mlp(n: int, sizes: Sizes, dtype: str) -> Case:
+    d, h = sizes.d, sizes.h
+    w1, b1 = leaf(h, d, dtype=dtype, scale=d**-0.5), leaf(h, dtype=dtype)
+    w2, b2 = leaf(d, h, dtype=dtype, scale=h**-0.5), leaf(d, dtype=dtype)
+    x = leaf(n, d, dtype=dtype)
     return Case(
         "relu_mlp",
-        f"{m}, {k} -> {h} -> {k}",
+        f"{n}, {d} -> {h} -> {d}",
         dtype,
-        lambda: TF.linear(torch.relu(TF.linear(x, w1, b1)), w2, b2),
-        lambda: F.relu_mlp(x, w1, b1, w2, b2),
+        lambda x, w1, b1, w2, b2: TF.linear(torch.relu(TF.linear(x, w1, b1)), w2, b2),
+        F.relu_mlp,
+        (x, w1, b1, w2, b2),
         [x, w1, b1, w2, b2],
-        target,
-        flops=12 * m * k * h,
-        incoming=torch.randn(m, k),
-        repeats=5,
+        flops=12 * n * d * h,  # three products a layer
+        incoming=normal(n, d, dtype=dtype),
+        repeats=8 if n * d * h > 10**8 else 300,
     )
 
 
-def small_model(batch: int, target: float | None) -> Case:
-    """Vocabulary 1000, embedding 10, hidden 20: forward and backward of the model's loss."""
-    model = MLPLanguageModel(1000, 10, 20)
-    ids, y = torch.randint(0, 1000, (batch,)), torch.randint(0, 1000, (batch,))
-    table, layer, head = model.embedding.weight, model.hidden[0], model.output
+def model(n: int, sizes: Sizes, dtype: str) -> Case:
+    """Forward and backward of the loss of MLPLanguageModel, in PyTorch's operations and as the model computes it."""
+    d, h, v = sizes
+    net = MLPLanguageModel(v, d, h)
+    for parameter in net.parameters():
+        parameter.data = normal(*parameter.shape, dtype=dtype, scale=parameter.shape[-1] ** -0.5)
+    table, layer, head = net.embedding.weight, net.hidden[0], net.output
 
-    def eager() -> Tensor:
+    def eager(ids: Tensor, y: Tensor) -> Tensor:
         hidden = torch.relu(TF.linear(TF.embedding(ids, table), layer.weight, layer.bias))
         return TF.cross_entropy(TF.linear(hidden, head.weight, head.bias), y)
 
     return Case(
-        "small model",
-        f"batch {batch}",
-        "fp32",
+        "model",
+        f"batch {n}; {d}, {h}, {v}",
+        dtype,
         eager,
-        lambda: model.loss(ids, y),
-        list(model.parameters()),
-        target,
-        flops=6 * batch * (10 * 20 + 20 * 1000),
-        repeats=400 if batch < 1000 else 150,
+        net.loss,
+        (zipf(n, v), zipf(n, v)),
+        list(net.parameters()),
+        flops=6 * n * h * (d + v),  # three products a layer
+        repeats=400 if n < 1000 else 150,
     )
 
 
-# Constructors, so that a case's tensors live only while it runs.
-Constructors = list[tuple[str, Callable[[], Case]]]
-CPU_CASES: Constructors = [
-    ("cross_entropy", lambda: cross_entropy(2048, 50257, "fp32", 5.5)),
-    ("cross_entropy", lambda: cross_entropy(2048, 50257, "fp32", 10.0, in_place=True)),
-    ("cross_entropy", lambda: cross_entropy(2048, 50257, "bf16", 5.5)),
-    ("cross_entropy", lambda: cross_entropy(2048, 50257, "bf16", 8.0, in_place=True)),
-    ("cross_entropy", lambda: cross_entropy(2048, 1000, "fp32", None)),
-    ("linear_cross_entropy", lambda: linear_cross_entropy(2048, 768, 50257, "fp32", 1.35)),
-    ("linear_cross_entropy", lambda: linear_cross_entropy(2048, 768, 50257, "bf16", 2.0)),
-    ("mse_loss", lambda: mse_loss(2**24, "fp32", 6.0)),
-    ("mse_loss", lambda: mse_loss(2**24, "bf16", 10.0)),
-    ("embedding", lambda: embedding(16384, 50257, 768, "fp32", 2.5)),
-    ("embedding", lambda: embedding(16384, 50257, 768, "fp32", 2.5, "uniform")),
-    ("embedding", lambda: embedding(16384, 50257, 768, "bf16", 2.5)),
-    ("embedding", lambda: embedding(16384, 1000, 10, "fp32", 6.0)),
-    ("embedding", lambda: embedding(32, 1000, 10, "fp32", None)),
-    ("linear_relu", lambda: linear_relu(64, 10, 20, "fp32", 1.4)),
-    ("linear_relu", lambda: linear_relu(2048, 1024, 4096, "fp32", 1.03)),
-    ("linear_relu", lambda: linear_relu(2048, 1024, 4096, "bf16", 1.10)),
-    ("relu_mlp", lambda: relu_mlp(2048, 1024, 4096, "fp32", None)),
-    ("relu_mlp", lambda: relu_mlp(2048, 1024, 4096, "bf16", 1.08)),
-    ("model", lambda: small_model(32, 1.75)),
-    ("model", lambda: small_model(128, 2.0)),
-    ("model", lambda: small_model(1024, 2.5)),
+IN_PLACE, UNIFORM = {"place": "in place"}, {"ids": "uniform"}
+
+# n is chosen so that a case fits in 20 GiB and eager PyTorch takes seconds at most on two cores.
+CPU_ENTRIES = [
+    Entry(cross_entropy, "small", "fp32", 2048, quick=True),
+    Entry(cross_entropy, "gpt2", "fp32", 2048, 5.5, quick=True),
+    Entry(cross_entropy, "gpt2", "bf16", 2048, 5.5, quick=True),
+    Entry(cross_entropy, "gpt2", "fp32", 2048, 10.0, options=IN_PLACE),
+    Entry(cross_entropy, "gpt2", "bf16", 2048, 8.0, options=IN_PLACE),
+    Entry(cross_entropy, "llama", "fp32", 512),
+    Entry(cross_entropy, "gemma", "bf16", 512),
+    Entry(linear_cross_entropy, "small", "fp32", 1024, quick=True),
+    Entry(linear_cross_entropy, "small", "bf16", 1024),
+    Entry(linear_cross_entropy, "gpt2", "fp32", 2048, 1.35),
+    Entry(linear_cross_entropy, "gpt2", "bf16", 2048, 2.0),
+    Entry(linear_cross_entropy, "llama", "fp32", 128),
+    Entry(linear_cross_entropy, "gemma", "bf16", 256),
+    Entry(mse_loss, "small", "fp32", 1024),
+    Entry(mse_loss, "aim", "fp32", 1024, 6.0, quick=True),
+    Entry(mse_loss, "aim", "bf16", 1024, 10.0),
+    Entry(embedding, "small", "fp32", 32),
+    Entry(embedding, "small", "fp32", 16384, 6.0, quick=True),
+    Entry(embedding, "gpt2", "fp32", 16384, 2.5),
+    Entry(embedding, "gpt2", "fp32", 16384, 2.5, options=UNIFORM),
+    Entry(embedding, "gpt2", "bf16", 16384, 2.5),
+    Entry(embedding, "gemma", "fp32", 4096),
+    Entry(linear_relu, "small", "fp32", 64, 1.4, quick=True),
+    Entry(linear_relu, "gpt2", "fp32", 1024),
+    Entry(linear_relu, "gpt2", "bf16", 64),  # few rows: some processors have no fast bfloat16 product
+    Entry(linear_relu, "aim", "fp32", 2048, 1.03),
+    Entry(linear_relu, "aim", "bf16", 2048, 1.10),
+    Entry(linear_relu, "llama", "fp32", 128),
+    Entry(relu_mlp, "small", "fp32", 64, quick=True),
+    Entry(relu_mlp, "small", "bf16", 64),
+    Entry(relu_mlp, "gpt2", "fp32", 1024),
+    Entry(relu_mlp, "aim", "fp32", 2048),
+    Entry(relu_mlp, "aim", "bf16", 2048, 1.08),
+    Entry(model, "small", "fp32", 32, 1.75, quick=True),
+    Entry(model, "small", "fp32", 128, 2.0),
+    Entry(model, "small", "fp32", 1024, 2.5),
 ]
 
-# Shapes of GPT-2 (768, 50257), Llama (4096, 14336, 128256) and Gemma (vocabulary 262144).
-CUDA_CASES: Constructors = [
-    ("cross_entropy", lambda: cross_entropy(8192, 50257, "bf16", None)),
-    ("cross_entropy", lambda: cross_entropy(8192, 128256, "bf16", 3.5)),
-    ("cross_entropy", lambda: cross_entropy(8192, 128256, "fp32", 3.5)),
-    ("cross_entropy", lambda: cross_entropy(4096, 262144, "bf16", 3.2)),
-    ("linear_cross_entropy", lambda: linear_cross_entropy(8192, 4096, 128256, "bf16", 1.08)),
-    ("linear_cross_entropy", lambda: linear_cross_entropy(8192, 768, 50257, "bf16", None)),
-    ("mse_loss", lambda: mse_loss(2**28, "fp32", 2.1)),
-    ("mse_loss", lambda: mse_loss(2**28, "bf16", 2.1)),
-    ("embedding", lambda: embedding(16384, 128256, 4096, "bf16", 1.4)),
-    ("embedding", lambda: embedding(16384, 128256, 4096, "bf16", 1.4, "uniform")),
-    ("linear_relu", lambda: linear_relu(8192, 768, 3072, "bf16", 1.12)),
-    ("linear_relu", lambda: linear_relu(8192, 4096, 16384, "bf16", 1.03)),
-    ("relu_mlp", lambda: relu_mlp(8192, 768, 3072, "bf16", 1.15)),
-    ("relu_mlp", lambda: relu_mlp(8192, 4096, 16384, "bf16", 1.035)),
-    ("model", lambda: small_model(128, None)),
+CUDA_ENTRIES = [
+    Entry(cross_entropy, "small", "fp32", 2048, quick=True),
+    Entry(cross_entropy, "gpt2", "bf16", 8192, quick=True),
+    Entry(cross_entropy, "llama", "bf16", 8192, 3.5),
+    Entry(cross_entropy, "llama", "fp32", 8192, 3.5),
+    Entry(cross_entropy, "llama", "bf16", 8192, options=IN_PLACE),
+    Entry(cross_entropy, "gemma", "bf16", 4096, 3.2),
+    Entry(linear_cross_entropy, "gpt2", "bf16", 8192, quick=True),
+    Entry(linear_cross_entropy, "llama", "bf16", 8192, 1.08),
+    Entry(linear_cross_entropy, "gemma", "bf16", 4096),
+    Entry(mse_loss, "aim", "fp32", 16384, 2.1, quick=True),
+    Entry(mse_loss, "aim", "bf16", 16384, 2.1),
+    Entry(embedding, "small", "fp32", 16384, quick=True),
+    Entry(embedding, "llama", "bf16", 16384, 1.4),
+    Entry(embedding, "llama", "bf16", 16384, 1.4, options=UNIFORM),
+    Entry(linear_relu, "small", "fp32", 64, quick=True),
+    Entry(linear_relu, "gpt2", "bf16", 8192, 1.12),
+    Entry(linear_relu, "llama", "bf16", 8192, 1.03),
+    Entry(relu_mlp, "gpt2", "bf16", 8192, 1.15, quick=True),
+    Entry(relu_mlp, "llama", "bf16", 8192, 1.035),
+    Entry(model, "small", "fp32", 128, quick=True),
 ]
-CASES = {"cpu": CPU_CASES, "cuda": CUDA_CASES}
+ENTRIES = {"cpu": CPU_ENTRIES, "cuda": CUDA_ENTRIES}

@@ -1,7 +1,7 @@
 """What moved between two results of run.py beyond its noise: ``python benchmarks/compare.py OLD.json NEW.json``.
 
-A case has moved where the 20th to 80th percentiles of fastllm's times do not overlap and the medians differ by more than
-the threshold. Exit status 1 if one became slower, or failed where it did not.
+Forward, backward, both and no-grad count apart. One has moved where the 20th to 80th percentiles of fastllm's times do not
+overlap and the medians differ by more than the threshold. Exit status 1 if one became slower, or failed where it did not.
 """
 
 from __future__ import annotations
@@ -14,17 +14,26 @@ from pathlib import Path
 
 
 def _times(report: dict) -> dict[str, dict | None]:
-    """fastllm's times by case; None where it failed."""
+    """fastllm's times by mode, for every case that was not skipped; None where it failed."""
     found = {}
     for case in report["cases"]:
-        times = case.get("seconds", {}).get("fastllm", {"failed": True})
-        name = f"{case['op']} {case.get('shape', '')} {case.get('dtype', '')}".strip()
-        found[name] = None if "failed" in times else times
+        if "skipped" not in case:
+            times = case.get("seconds", {}).get("fastllm", {"failed": True})
+            found[case["name"]] = None if "failed" in times else times
     return found
 
 
+def _change(old: dict, new: dict, threshold: float) -> tuple[str, bool] | None:
+    """What happened to one time, and whether it is worse; None if nothing did."""
+    change = new["median"] / old["median"]
+    apart = new["p20"] > old["p80"] or new["p80"] < old["p20"]
+    if not apart or max(change, 1 / change) <= 1 + threshold:
+        return None
+    return f"{1e3 * old['median']:.3g} -> {1e3 * new['median']:.3g} ms, {change:.2f} times", change > 1
+
+
 def moved(old: dict, new: dict, threshold: float) -> list[tuple[str, str, bool]]:
-    """(case, what happened, whether it is worse) for every case that moved or came or went."""
+    """(case and mode, what happened, whether it is worse) for every time that moved, every case that came or went."""
     before, after = _times(old), _times(new)
     lines = []
     for name in [*before, *(n for n in after if n not in before)]:
@@ -36,11 +45,8 @@ def moved(old: dict, new: dict, threshold: float) -> list[tuple[str, str, bool]]
             if (a is None) != (b is None):
                 lines.append((name, "fails now" if b is None else "works now", b is None))
             continue
-        change = b["median"] / a["median"]
-        apart = b["p20"] > a["p80"] or b["p80"] < a["p20"]
-        if apart and max(change, 1 / change) > 1 + threshold:
-            text = f"{1e3 * a['median']:.3g} -> {1e3 * b['median']:.3g} ms, {change:.2f} times"
-            lines.append((name, text, change > 1))
+        changes = {mode: _change(a[mode], b[mode], threshold) for mode in a if mode in b}
+        lines += [(f"{name}, {mode}", *change) for mode, change in changes.items() if change is not None]
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import threading
 import time
@@ -9,30 +10,59 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cases import Case
+from cases import DTYPES, Case
+from torch import Tensor
 
 import fastllm.functional as F
+from fastllm import memory
+
+MODES = ("both", "forward", "backward", "no_grad")
+LEAST = 3  # rounds that are measured however long they take
 
 
-class Stopwatch:
-    """Seconds of a call: on CUDA by events, after a write over twice the L2 cache, so that inputs come from memory."""
+class Clock:
+    """Marks in time: on CUDA events, after a write over twice the L2 cache, so that inputs come from memory."""
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
         self.flush = torch.empty(2**25, device=device) if self.cuda else None
 
-    def __call__(self, function: Callable) -> float:
+    def start(self) -> object:
+        if self.cuda:
+            self.flush.zero_()
+        return self.mark()
+
+    def mark(self) -> object:
         if not self.cuda:
-            start = time.perf_counter()
-            function()
-            return time.perf_counter() - start
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.flush.zero_()
-        start.record()
-        function()
-        end.record()
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: object, end: object) -> float:
+        if not self.cuda:
+            return end - start
         end.synchronize()
         return start.elapsed_time(end) / 1e3
+
+
+class Rotation:
+    """Equal copies of a case's tensors, used in turn: no call finds its inputs where the last one left them.
+
+    On CUDA as many as fill 256 MiB, at least two and at most eight; on the CPU none, as the variants alternate.
+    """
+
+    def __init__(self, case: Case, device: str, copies: int | None = None):
+        self.tensors = list({id(t): t for t in (*case.arguments, *case.leaves)}.values())
+        if copies is None:
+            size = sum(t.nbytes for t in self.tensors)
+            copies = min(8, max(2, 2**28 // max(size, 1))) if device == "cuda" else 1
+        self.sets = [[t.data for t in self.tensors]]
+        self.sets += [[t.data.clone() for t in self.tensors] for _ in range(copies - 1)]
+
+    def turn(self, round_: int) -> None:
+        for tensor, data in zip(self.tensors, self.sets[round_ % len(self.sets)], strict=True):
+            tensor.data = data
 
 
 def prepare(case: Case) -> None:
@@ -43,43 +73,129 @@ def prepare(case: Case) -> None:
         case.reset()
 
 
-def step(case: Case, function: Callable) -> None:
+def step(case: Case, function: Callable) -> Tensor:
     """Forward and backward."""
-    output = function()
-    output.backward(None if output.dim() == 0 else case.incoming.to(output.dtype))
+    output = function(*case.arguments)
+    output.backward(case.incoming)
+    return output
 
 
-def measure(case: Case, variants: dict[str, Callable], device: str, repeats: int) -> dict:
-    """Seconds of forward and backward, the variants in alternation: minimum, median, 20th and 80th percentile.
+def reason(error: BaseException) -> str:
+    """The first line of an error."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
-    A variant that fails is reported by the first line of its error instead.
-    """
-    stopwatch, times, failed = Stopwatch(device), {name: [] for name in variants}, {}
-    for round_ in range(repeats + 1):
-        for name, function in variants.items():
-            if name in failed:
-                continue
-            prepare(case)
-            try:
-                seconds = stopwatch(lambda f=function: step(case, f))
-            except Exception as error:  # a peer's failure is a result
-                failed[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                continue
-            if round_ > 0:  # the first of each warms up
-                times[name].append(seconds)
+
+def sample(case: Case, function: Callable, clock: Clock, modes: tuple[str, ...]) -> dict[str, float]:
+    """Seconds of one forward and backward, of its halves, and of a forward without gradients."""
     prepare(case)
-    result = {name: {"failed": reason} for name, reason in failed.items()}
-    for name, t in times.items():
-        if name in failed:
-            continue
-        t.sort()
-        result[name] = {
-            "min": t[0],
-            "p20": t[len(t) // 5],
-            "median": statistics.median(t),
-            "p80": t[4 * len(t) // 5],
-        }
+    start = clock.start()
+    output = function(*case.arguments)
+    middle = clock.mark()
+    output.backward(case.incoming)
+    end = clock.mark()
+    found = {
+        "both": clock.seconds(start, end),
+        "forward": clock.seconds(start, middle),
+        "backward": clock.seconds(middle, end),
+    }
+    if "no_grad" in modes:
+        prepare(case)
+        with torch.no_grad():
+            start = clock.start()
+            function(*case.arguments)
+            found["no_grad"] = clock.seconds(start, clock.mark())
+    return {mode: found[mode] for mode in modes}
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Minimum, median, 20th and 80th percentile, and how many there were."""
+    t = sorted(times)
+    return {
+        "min": t[0],
+        "p20": t[len(t) // 5],
+        "median": statistics.median(t),
+        "p80": t[min(4 * len(t) // 5, len(t) - 1)],
+        "rounds": len(t),
+    }
+
+
+def alternate(variants: dict[str, Callable[[], dict[str, float]]], repeats: int, budget: float, turn: Callable) -> dict:
+    """Samples of every variant, in alternation and every other round backwards, summed up by mode.
+
+    The first round warms up. At least LEAST and at most ``repeats`` follow, as many as fit in ``budget`` seconds. A
+    variant that fails is reported by the first line of its error instead.
+    """
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    failed: dict[str, str] = {}
+    begun = time.monotonic()
+    for round_ in range(max(repeats, LEAST) + 1):
+        if round_ > LEAST and time.monotonic() - begun > budget:
+            break
+        turn(round_)
+        for name in reversed(variants) if round_ % 2 else variants:
+            if name not in failed:
+                try:
+                    samples[name].append(variants[name]())
+                except Exception as error:  # a peer's failure is a result
+                    failed[name] = reason(error)
+        if round_ == 0:
+            begun = time.monotonic()
+    result: dict[str, dict] = {name: {"failed": why} for name, why in failed.items()}
+    for name, found in samples.items():
+        if name not in failed:
+            result[name] = {mode: summary([times[mode] for times in found[1:]]) for mode in found[0]}
+    return {name: result[name] for name in variants}
+
+
+def measure(
+    case: Case,
+    variants: dict[str, Callable],
+    device: str,
+    repeats: int,
+    budget: float,
+    modes: tuple[str, ...] = MODES,
+) -> dict:
+    """Seconds of every variant by mode, in alternation; see ``alternate``."""
+    clock, rotation = Clock(device), Rotation(case, device)
+    timed = {name: (lambda f=function: sample(case, f, clock, modes)) for name, function in variants.items()}
+    result = alternate(timed, repeats, budget, rotation.turn)
+    rotation.turn(0)
+    prepare(case)
     return result
+
+
+def capture(case: Case, function: Callable) -> torch.cuda.CUDAGraph:
+    """Forward and backward as a CUDA graph, after three calls on a stream of its own, as PyTorch asks."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            prepare(case)
+            step(case, function)
+    torch.cuda.current_stream().wait_stream(stream)
+    prepare(case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(case, function)
+    return graph
+
+
+def measure_graphs(case: Case, variants: dict[str, Callable], repeats: int, budget: float) -> dict:
+    """Seconds of replaying each variant's forward and backward as a CUDA graph, in alternation."""
+    clock, graphs, failed = Clock("cuda"), {}, {}
+    for name, function in variants.items():
+        try:
+            graphs[name] = capture(case, function)
+        except Exception as error:
+            failed[name] = {"failed": reason(error)}
+
+    def replay(graph: torch.cuda.CUDAGraph) -> dict[str, float]:
+        start = clock.start()
+        graph.replay()
+        return {"graph": clock.seconds(start, clock.mark())}
+
+    timed = {name: (lambda g=graph: replay(g)) for name, graph in graphs.items()}
+    return failed | alternate(timed, repeats, budget, lambda round_: None)
 
 
 def _resident() -> int:
@@ -87,13 +203,18 @@ def _resident() -> int:
 
 
 def peak_of(function: Callable, device: str) -> int:
-    """Bytes by which memory grows, at most, during a call: resident, or allocated on CUDA."""
+    """Bytes by which memory grows, at most, during a call: resident, or allocated on CUDA.
+
+    On the CPU from an empty pool, and with what malloc keeps free given back to the system, else its reuse would not show.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
+    memory.empty_pool()
+    ctypes.CDLL(None).malloc_trim(0)
     before = peak = _resident()
     stop = threading.Event()
 
@@ -112,57 +233,91 @@ def peak_of(function: Callable, device: str) -> int:
 
 
 def extra_peak(case: Case, function: Callable, device: str) -> int:
-    """Peak of one forward and backward, from an empty pool."""
-    from fastllm import memory
-
+    """Peak of one forward and backward."""
     prepare(case)
-    memory.empty_pool()
     peak = peak_of(lambda: step(case, function), device)
     prepare(case)
     return peak
 
 
-def errors(case: Case, variants: dict[str, Callable]) -> dict[str, float]:
-    """Largest error of the gradients, relative to the largest gradient, against eager PyTorch in float64."""
-    grads = {}
-    for name, function in variants.items():
-        prepare(case)
-        step(case, function)
-        grads[name] = [leaf.grad.detach().clone() for leaf in case.leaves]
+def _results(case: Case, function: Callable) -> list[Tensor]:
+    """The output and the gradients; where one may lie in an input's storage, a copy."""
     prepare(case)
-    low = [leaf.data for leaf in case.leaves]
+    output = step(case, function).detach()
+    found = [output, *(leaf.grad if case.reset is None else leaf.grad.clone() for leaf in case.leaves)]
+    prepare(case)
+    return found
+
+
+def _in_float64(case: Case) -> list[Tensor]:
+    low, incoming = [leaf.data for leaf in case.leaves], case.incoming
     for leaf in case.leaves:
         leaf.data = leaf.data.double()
-    step(case, case.eager)
-    truth = [leaf.grad for leaf in case.leaves]
+    case.incoming = None if incoming is None else incoming.double()
+    truth = _results(case, case.eager)
+    case.incoming = incoming
     for leaf, data in zip(case.leaves, low, strict=True):
-        leaf.grad = None
         leaf.data = data
-    return {
-        name: max(
-            float((g.double() - t).abs().max() / t.abs().max().clamp(min=1e-300))
-            for g, t in zip(found, truth, strict=True)
-        )
-        for name, found in grads.items()
-    }
+    return truth
+
+
+def _relative(found: Tensor, truth: Tensor) -> float:
+    """Largest difference over the largest value; in pieces, so that no double of ``found`` is held."""
+    pairs = zip(found.flatten().split(2**24), truth.flatten().split(2**24), strict=True)
+    worst = max(float((a.double() - b).abs().max()) for a, b in pairs)
+    return worst / max(float(truth.abs().max()), 1e-300)
+
+
+def errors(case: Case, variants: dict[str, Callable]) -> dict[str, dict[str, float]]:
+    """Largest error of the output and of any gradient, relative to its largest value, against PyTorch in float64."""
+    truth = _in_float64(case)
+    result = {}
+    for name, function in variants.items():
+        output, *gradients = (_relative(f, t) for f, t in zip(_results(case, function), truth, strict=True))
+        result[name] = {"output": output, "gradient": max(gradients)}
+    return result
+
+
+def _best(clock: Clock, function: Callable) -> float:
+    """Least of up to four calls after a first, as many as fit in a second."""
+    function()
+    times: list[float] = []
+    while len(times) < 4 and sum(times) < 1:
+        start = clock.start()
+        function()
+        times.append(clock.seconds(start, clock.mark()))
+    return min(times)
+
+
+def _linear(x: Tensor, w: Tensor) -> None:
+    """A layer's three products in eager PyTorch."""
+    torch.nn.functional.linear(x, w).backward(x.detach())
+
+
+def product_rates(clock: Clock, device: str, dtype: str) -> tuple[float, float]:
+    """FLOPs a second of square products: the most of PyTorch's and ours, and those of an eager layer's three.
+
+    The side doubles, up to 2048 (8192 on CUDA), while a layer takes less than 0.2 s: some processors have no fast
+    bfloat16 product.
+    """
+    side, layer = 128, 0.0
+    while layer < 0.2 and side < (8192 if device == "cuda" else 2048):
+        side *= 2
+        x, w = (torch.randn(side, side, device=device).to(DTYPES[dtype]).requires_grad_() for _ in range(2))
+        layer = _best(clock, lambda x=x, w=w: _linear(x, w))
+    with torch.no_grad():
+        single = min(_best(clock, f) for f in (lambda: x @ w.T, lambda: F.linear_relu(x, w)))
+    return max(2 * side**3 / single, 6 * side**3 / layer), 6 * side**3 / layer
 
 
 def machine_limits(device: str) -> dict[str, float]:
-    """What this machine reaches now: bytes a second copying and in place, FLOPs a second of PyTorch's or our products."""
-    stopwatch = Stopwatch(device)
-
-    def best(function: Callable) -> float:
-        return min(stopwatch(function) for _ in range(5))
-
-    side, items = (8192, 2**28) if device == "cuda" else (2048, 2**26)
-    with torch.device(device):
-        a, b = torch.randn(items), torch.empty(items)
-        limits = {
-            "copy": 2 * a.nbytes / best(lambda: b.copy_(a)),
-            "in_place": 2 * a.nbytes / best(lambda: a.mul_(1.01)),
-        }
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            x, y = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
-            seconds = min(best(lambda x=x, y=y: x @ y), best(lambda x=x, y=y: F.linear_relu(x, y)))
-            limits[f"gemm_{name}"] = 2 * side**3 / seconds
+    """What this machine reaches now: bytes a second copying and in place, FLOPs a second of products."""
+    clock, items = Clock(device), 2**28 if device == "cuda" else 2**26
+    a, b = torch.randn(items, device=device), torch.empty(items, device=device)
+    limits = {
+        "copy": 2 * a.nbytes / _best(clock, lambda: b.copy_(a)),
+        "in_place": 2 * a.nbytes / _best(clock, lambda: a.mul_(1.01)),
+    }
+    for dtype in DTYPES:
+        limits[f"gemm_{dtype}"], limits[f"eager_{dtype}"] = product_rates(clock, device, dtype)
     return limits

@@ -1,6 +1,6 @@
-"""Times every operation, forward and backward, against eager PyTorch and its peers, and writes the table.
+"""Times every operation against eager PyTorch and its peers: forward, backward, both, and without gradients.
 
-    python benchmarks/run.py --device cpu --out benchmarks/results/cpu
+    python benchmarks/run.py --device cpu --ops all --dtypes fp32,bf16 --peers all --out DIR
 
 Each case runs in a process of its own, its variants in alternation; ratios are of minima. On the CPU there are two
 baselines: stock eager PyTorch, and eager PyTorch under an allocator that keeps large blocks (as a tuned malloc does).
@@ -9,10 +9,8 @@ baselines: stock eager PyTorch, and eager PyTorch under an allocator that keeps 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,238 +18,181 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import peers as peers_  # noqa: E402
+import report as report_  # noqa: E402
 import torch  # noqa: E402
-from cases import CASES, Case  # noqa: E402
+from cases import DTYPES, ENTRIES, SHAPES, Case, Entry  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
-import fastllm  # noqa: E402
-
-PEERS = (
-    "compile",
-    "torch's own",
-)  # torch.compile of the eager code; PyTorch's operation for the same, where it has one
 WARM_MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "1073741824",
 }
+TIMEOUT = 900  # seconds of one case
 
 
-def variants_of(case: Case, peers: set[str]) -> dict[str, Callable]:
-    """Eager PyTorch and fastllm, and the peers that were asked for."""
+def variants_of(case: Case, peers: Sequence[str]) -> dict[str, Callable]:
+    """Eager PyTorch and fastllm, and of the peers asked for those that have the operation."""
     variants = {"eager": case.eager, "fastllm": case.ours}
-    if "compile" in peers:
-        variants["compile"] = torch.compile(case.eager)
-    if "torch's own" in peers:
-        variants |= case.peers
+    for name in peers:
+        if name == "compile":
+            variants[name] = torch.compile(case.eager)
+        elif case.op in (operations := peers_.PEERS[name]()):
+            variants[name] = operations[case.op]
     return variants
 
 
 def run_case(options: argparse.Namespace) -> dict:
-    """One case, in this process."""
+    """One case, in this process; under ``--warm`` only times of forward and backward of eager and fastllm."""
     import harness
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    with torch.device(options.device):
-        case = CASES[options.device][options.case][1]()
+    device = options.device
+    with torch.device(device):
+        case = ENTRIES[device][options.case].case()
     variants = variants_of(case, options.peers)
-    repeats = max(3, case.repeats // 4) if options.quick else case.repeats
-    if options.device == "cuda":
-        repeats = max(repeats, 20)
-    result = {
-        "op": case.op,
-        "shape": case.shape,
-        "dtype": case.dtype,
-        "target": case.target,
-        "bytes": case.bytes,
-        "flops": case.flops,
-        "seconds": harness.measure(case, variants, options.device, repeats),
-    }
-    if not options.quick:
-        working = {n: f for n, f in variants.items() if "failed" not in result["seconds"][n]}
-        result["extra_peak"] = {n: harness.extra_peak(case, f, options.device) for n, f in working.items()}
+    repeats = max(case.repeats, 20) if device == "cuda" else case.repeats
+    modes = ("both",) if options.warm else harness.MODES
+    result = {"seconds": harness.measure(case, variants, device, repeats, options.budget, modes)}
+    working = {n: f for n, f in variants.items() if "failed" not in result["seconds"][n]}
+    if not (options.warm or options.quick):
+        result["extra_peak"] = {n: harness.extra_peak(case, f, device) for n, f in working.items()}
         result["error"] = harness.errors(case, working)
+    if device == "cuda" and case.launches_count:
+        result["graph"] = harness.measure_graphs(case, working, repeats, options.budget)
     return result
 
 
-def _in_a_process(index: int, options: argparse.Namespace, warm: bool) -> dict:
+def _in_a_process(index: int, options: argparse.Namespace, peers: Sequence[str], warm: bool = False) -> dict:
+    """One case in a process of its own. If a peer takes the process down, once more without peers."""
     command = [sys.executable, __file__, "--case", str(index), "--threads", str(options.threads)]
-    command += ["--device", options.device, "--peers", "none" if warm else ",".join(options.peers) or "none"]
-    if options.quick or warm:
-        command.append("--quick")
+    command += ["--device", options.device, "--budget", str(options.budget), "--peers", ",".join(peers) or "none"]
+    command += ["--warm"] * warm + ["--quick"] * options.quick
     env = {**os.environ, **(WARM_MALLOC if warm else {})}
-    run = subprocess.run(command, capture_output=True, text=True, env=env)
-    if run.returncode != 0:
-        return {"failed": run.stderr.strip().splitlines()[-1] if run.stderr.strip() else f"status {run.returncode}"}
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def _machine(threads: int, device: str) -> dict:
-    import harness
-
-    torch.set_num_threads(threads)
-    model = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown"
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    info = fastllm.info()
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "instruction_set": info["instruction_set"],
-        "float32_gemm": info["float32_gemm"],
-        "torch": torch.__version__,
-        "fastllm": fastllm.__version__,
-        "commit": commit,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "limits": harness.machine_limits(device),
-    }
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
-
-
-def _ratio(result: dict, key: str = "min") -> float:
-    return result["seconds"]["eager"][key] / result["seconds"]["fastllm"][key]
-
-
-def _peer_cell(result: dict, name: str) -> str:
-    """A peer's milliseconds, and how many of fastllm's times they are."""
-    seconds = result["seconds"].get(name)
-    if seconds is None:
-        return ""
-    if "failed" in seconds:
-        return "failed: " + seconds["failed"].replace("|", "/")
-    return f"{_milliseconds(seconds['min'])} ({seconds['min'] / result['seconds']['fastllm']['min']:.2f})"
-
-
-def _row(result: dict, report: dict, peers: list[str]) -> list[str]:
-    if "failed" in result or "failed" in result["seconds"]["fastllm"] or "failed" in result["seconds"]["eager"]:
-        reason = result.get("failed") or str(result["seconds"])
-        return [result.get("op", "?"), "", "", f"failed: {reason}".replace("|", "/")]
-    limits, ours = report["machine"]["limits"], result["seconds"]["fastllm"]["min"]
-    if result["bytes"]:
-        rate, limit, unit = result["bytes"] / ours, limits["copy"], "GB/s"
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        result = {"failed": f"more than {TIMEOUT} s"}
     else:
-        rate, limit, unit = result["flops"] / ours, limits[f"gemm_{result['dtype']}"], "GF/s"
-    ratio, target = _ratio(result), result["target"]
-    warm = report["warm_malloc"].get(f"{result['op']} {result['shape']} {result['dtype']}")
-    pairs = ("eager", "fastllm")
-    return [
-        result["op"],
-        result["shape"],
-        result["dtype"],
-        _milliseconds(result["seconds"]["eager"]["min"]),
-        _milliseconds(ours),
-        f"**{ratio:.2f}**",
-        "" if target is None else f"{target:g}" + ("" if ratio >= target else " (missed)"),
-        "" if warm is None else f"{warm:.2f}",
-        *(_peer_cell(result, name) for name in peers),
-        f"{rate / 1e9:.0f} {unit}, {100 * rate / limit:.0f}%",
-        " / ".join(f"{result['extra_peak'][n] / 1e6:.0f}" for n in pairs) if "extra_peak" in result else "",
-        " / ".join(f"{result['error'][n]:.1e}" for n in pairs) if "error" in result else "",
-    ]
+        why = (run.stderr.strip().splitlines() or [f"status {run.returncode}"])[-1][:200]
+        result = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {"failed": why}
+    if peers and ("failed" in result or "failed" in result["seconds"]["fastllm"]):
+        why = result.get("failed", "fastllm failed beside it")
+        result = _in_a_process(index, options, [], warm)
+        if "failed" not in result:
+            result["seconds"] |= {name: {"failed": f"in the process of all peers: {why}"} for name in peers}
+    return result
 
 
-def table(report: dict) -> str:
-    """The report as Markdown."""
-    machine, limits = report["machine"], report["machine"]["limits"]
-    peers = report["peers"]
-    where = machine["device"]
-    if where == "cpu":
-        where = f"{machine['processor']}, {machine['threads']} threads, {machine['instruction_set']}"
-    head = [
-        f"{where}; torch {machine['torch']}; "
-        + (f"float32 products by {machine['float32_gemm']}; " if machine["device"] == "cpu" else "")
-        + f"{machine['date']}, commit {machine['commit']}. "
-        f"Copy {limits['copy'] / 1e9:.0f} GB/s, in place {limits['in_place'] / 1e9:.0f} GB/s; square products, PyTorch's "
-        f"or ours: {limits['gemm_fp32'] / 1e9:.0f} GFLOP/s fp32, {limits['gemm_bf16'] / 1e9:.0f} bf16.",
-        "",
-    ]
-    columns = [
-        "operation",
-        "shape",
-        "dtype",
-        "eager ms",
-        "fastllm ms",
-        "ratio",
-        "aimed at",
-        "ratio, warm malloc",
-        *(f"{name} ms (ratio)" for name in peers),
-        "achieved, of the limit",
-        "extra MB eager / fastllm",
-        "error eager / fastllm",
-    ]
-    rows = [columns, ["---"] * len(columns)]
-    for result in report["cases"]:
-        row = _row(result, report, peers)
-        rows.append(row + [""] * (len(columns) - len(row)))
-    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+def expectation(entry: Entry, limits: dict) -> tuple[dict, float]:
+    """What a result says about its case, and seconds of eager PyTorch's products; needs no memory."""
+    with FakeTensorMode():
+        case = entry.case()
+    facts = {"name": entry.name, "named": entry.named, "op": case.op, "shape": case.shape, "dtype": case.dtype}
+    facts |= {"aim": entry.aim, "bytes": case.bytes, "flops": case.flops}
+    return facts, case.flops / limits[f"eager_{case.dtype}"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def measured(index: int, options: argparse.Namespace, report: dict) -> dict:
+    """The result of one case; its warm ratio goes into the report."""
+    facts, expected = expectation(ENTRIES[options.device][index], report["machine"]["limits"])
+    if expected > options.longest:
+        return facts | {"skipped": f"eager would take {expected:.0f} s"}
+    result = facts | _in_a_process(index, options, report["peers"])
+    if options.device == "cpu" and not options.quick and report_.trouble(result) is None:
+        warm = facts | _in_a_process(index, options, [], warm=True)
+        if report_.trouble(warm) is None:
+            report["warm_malloc"][facts["name"]] = report_.ratio(warm)
+    return result
+
+
+def _write(report: dict, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "table.md").write_text(report_.details(report))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastllm bench", description=__doc__.splitlines()[0])
+    ops = ", ".join(dict.fromkeys(e.op for e in ENTRIES["cpu"]))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
-    parser.add_argument("--peers", default="all", help="all, none, or of " + ", ".join(PEERS))
-    parser.add_argument("--ops", default="all", help="operations, comma-separated: " + ", ".join(dict(CASES["cpu"])))
-    parser.add_argument("--dtypes", default="all", help="of fp32, bf16")
-    parser.add_argument("--out", metavar="DIR", help="where results.json and table.md go; nowhere if not given")
+    parser.add_argument("--ops", default="all", help=f"all, or of {ops}; comma-separated")
+    parser.add_argument("--shapes", default="all", help=f"all, or of {', '.join(SHAPES)}")
+    parser.add_argument("--dtypes", default="all", help=f"all, or of {', '.join(DTYPES)}")
+    parser.add_argument("--peers", default="all", help=f"all, none, or of {', '.join(peers_.NAMES)}")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of results.json and table.md; auto: the one named after this machine"
+    )
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of PyTorch")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, times only, no peers")
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds for a case's rounds, after the least three")
+    parser.add_argument(
+        "--longest", type=float, default=8.0, help="skip a case of which eager takes more seconds a step"
+    )
+    parser.add_argument("--quick", action="store_true", help="few cases, times only, no peers: under two minutes")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.peers = _chosen(parser, "peers", "none" if options.quick else options.peers, PEERS)
-    if options.case is not None:
-        print(json.dumps(run_case(options)))
-        return 0
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device")
-    ops = _chosen(parser, "ops", options.ops, list(dict(CASES["cpu"])))
-    dtypes = _chosen(parser, "dtypes", options.dtypes, ["fp32", "bf16"])
-    with FakeTensorMode():  # shapes and names without memory
-        labels = [(op, make()) for op, make in CASES[options.device]]
-    indices = [i for i, (op, case) in enumerate(labels) if op in ops and case.dtype in dtypes]
-    from fastllm.training import ProgressBar
-
-    progress = ProgressBar(len(indices))
-    machine = _machine(options.threads, options.device)
-    report: dict = {
-        "machine": machine,
-        "peers": [p for p in PEERS if p in options.peers],
-        "cases": [],
-        "warm_malloc": {},
-    }
-    for done, index in enumerate(indices):
-        result = _in_a_process(index, options, warm=False)
-        result.setdefault("op", labels[index][0])
-        report["cases"].append(result)
-        if options.device == "cpu" and not options.quick and "failed" not in result:
-            warm = _in_a_process(index, options, warm=True)
-            if "failed" not in warm:
-                report["warm_malloc"][f"{warm['op']} {warm['shape']} {warm['dtype']}"] = _ratio(warm)
-        progress.update(done + 1, result["op"])
-    print(table(report))
-    if options.out:
-        out = Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-        (out / "table.md").write_text(table(report))
-    return 0
+    parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
+    return parser
 
 
-def _chosen(parser: argparse.ArgumentParser, what: str, text: str, known: Sequence[str]) -> set[str]:
+def _chosen(parser: argparse.ArgumentParser, what: str, text: str, known: Sequence[str]) -> list[str]:
     """Names of a comma-separated list; ``all`` or ``none``."""
     chosen = set(known) if text == "all" else set() if text == "none" else set(text.split(","))
     if chosen - set(known):
         parser.error(f"--{what}: unknown {', '.join(sorted(chosen - set(known)))}; known: {', '.join(known)}")
-    return chosen
+    return [name for name in known if name in chosen]
+
+
+def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[int]]:
+    """Options, and the numbers of the cases that they choose."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    entries = ENTRIES[options.device]
+    options.peers = _chosen(parser, "peers", "none" if options.quick else options.peers, peers_.NAMES)
+    if options.quick:
+        options.budget = min(options.budget, 1.0)
+    ops = _chosen(parser, "ops", options.ops, list(dict.fromkeys(e.op for e in entries)))
+    shapes = _chosen(parser, "shapes", options.shapes, list(SHAPES))
+    dtypes = _chosen(parser, "dtypes", options.dtypes, list(DTYPES))
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+    indices = [
+        i
+        for i, e in enumerate(entries)
+        if e.op in ops and e.named in shapes and e.dtype in dtypes and (e.quick or not options.quick)
+    ]
+    if not indices:
+        parser.error("no case has these operations, shapes and dtypes")
+    return options, indices
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, indices = _options(arguments)
+    if options.case is not None:
+        print(json.dumps(run_case(options)))
+        return 0
+    import machine
+
+    from fastllm.training import ProgressBar
+
+    out = machine.folder(options.out, options.device)
+    missing = peers_.missing(set(options.peers))
+    report: dict = {
+        "machine": machine.describe(options.threads, options.device),
+        "peers": [name for name in options.peers if name not in missing],
+        "missing": missing,
+        "cases": [],
+        "warm_malloc": {},
+    }
+    progress = ProgressBar(len(indices))
+    for done, index in enumerate(indices):
+        report["cases"].append(measured(index, options, report))
+        progress.update(done + 1, report["cases"][-1]["name"])
+        if out is not None:
+            _write(report, out)  # after each case: a run that is cut off loses one
+    print(report_.table(report))
+    return 0
 
 
 if __name__ == "__main__":

@@ -201,15 +201,17 @@ def native(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
         return False
     if type(tensor) not in _PLAIN and not _is_traced(op, tensor):
         return False
+    dense = tensor.layout is torch.strided and not tensor.is_nested
     for other in others:
         if type(other) not in _PLAIN_OR_NONE and not _is_traced(op, other):
             return False
+        dense = dense and (other is None or other.layout is torch.strided)
     if _in_transform() or forward_ad._current_level >= 0:
         return False
     if name == "auto":
         ready = _CPU_READY if tensor.is_cpu else tensor.device.type in _ACCELERATORS
-        return ready and tensor.dtype in DTYPES
-    reason = TABLE[name].refusal(op, tensor)
+        return ready and dense and tensor.dtype in DTYPES
+    reason = TABLE[name].refusal(op, tensor) if dense else "it serves dense tensors, got a sparse or nested one"
     if reason is not None:
         raise RuntimeError(f"{op}: backend {name!r} cannot serve this call: {reason}")
     return True

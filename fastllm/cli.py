@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,12 +95,44 @@ def _new_trainer(options: argparse.Namespace) -> training.Trainer:
     return training.Trainer(model, tokenizer, train_ids, run, test_ids)
 
 
+def _check_writable(out: str) -> None:
+    """OSError now, not after hours of training."""
+    file = Path(out)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise OSError(f"cannot write a checkpoint to {out}")
+
+
+class _InterruptAfterStep:
+    """Ctrl-C waits for the end of a step, so that what is saved is a whole one; a second Ctrl-C does not wait."""
+
+    def __enter__(self) -> _InterruptAfterStep:
+        self._asked = False
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def step_ends(self) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+
+
 def _train(options: argparse.Namespace) -> int:
+    if not options.prompt:
+        raise ValueError("the prompt must not be empty")
     if options.resume:
         trainer = training.Trainer.load(options.resume)
         options.out = options.resume
         print(f"resuming {options.resume} at step {trainer.step} of {trainer.options.steps}")
     else:
+        _check_writable(options.out)
         trainer = _new_trainer(options)
     model, test_ids = trainer.model, trainer.test_ids
     parameters = sum(p.numel() for p in model.parameters())
@@ -112,9 +146,11 @@ def _train(options: argparse.Namespace) -> int:
     def show(step: int, loss: float) -> None:
         rate = (step - first) * per_step / max(progress.elapsed(), 1e-9)
         progress.update(step, f"loss {loss:.3f}  {rate:,.0f} tokens/s")
+        interrupt.step_ends()
 
     try:
-        trainer.run(callback=show)
+        with _InterruptAfterStep() as interrupt:
+            trainer.run(callback=show)
     except KeyboardInterrupt:
         trainer.save(options.out)
         print(f"\ninterrupted at step {trainer.step}; saved. To go on: fastllm train --resume {options.out}")
@@ -193,6 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return options.run(options)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"fastllm {options.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\nfastllm {options.command}: interrupted", file=sys.stderr)
+        return 130

@@ -10,6 +10,7 @@ Which backend computes a call: ``fastllm.backends``.
 
 from __future__ import annotations
 
+import numbers
 import warnings
 
 import torch
@@ -30,6 +31,12 @@ if _native.extension is not None:
     _linear_cross_entropy = torch.ops.fastllm.linear_cross_entropy.default
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_REDUCTION_NAMES = tuple(_REDUCTIONS)  # `in` compares: a reduction that has no hash is another value, not an error
+_ACCEPTED = {  # by PyTorch, for an argument of that type
+    bool: (bool, torch.SymBool),
+    int: (numbers.Integral, torch.SymInt, Tensor),
+    float: (numbers.Real, torch.SymInt, torch.SymFloat, Tensor),
+}
 
 
 def _reduction_name(op: str, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
@@ -39,12 +46,30 @@ def _reduction_name(op: str, reduction: str, size_average: bool | None = None, r
     if reduction == "elementwise_mean":
         _reduction.get_enum(reduction)
         return "mean"
-    if reduction not in _REDUCTIONS:
+    if reduction not in _REDUCTION_NAMES:
         raise ValueError(f"{op}: reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
     return reduction
 
 
-def _check_softcap(op: str, softcap: float) -> None:
+def _check_type(op: str, name: str, value: object, kind: type) -> None:
+    if not isinstance(value, _ACCEPTED[kind]) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"{op}: {name} must be {kind.__name__}, got {value!r} of type {type(value).__name__}")
+
+
+def _check_numbers(
+    op: str, ignore_index: int, label_smoothing: float, lse_square_scale: float, softcap: float | None
+) -> None:
+    """The loss's options: their types, and the range of softcap, which PyTorch does not know."""
+    if type(ignore_index) is not int:
+        _check_type(op, "ignore_index", ignore_index, int)
+    if type(label_smoothing) is not float:
+        _check_type(op, "label_smoothing", label_smoothing, float)
+    if type(lse_square_scale) is not float:
+        _check_type(op, "lse_square_scale", lse_square_scale, float)
+    if softcap is None:
+        return
+    if type(softcap) is not float:
+        _check_type(op, "softcap", softcap, float)
     if not softcap > 0:
         raise ValueError(f"{op}: softcap must be positive or None, got {softcap}")
 
@@ -107,7 +132,13 @@ def embedding(
     -----
     Signature and semantics of :func:`torch.nn.functional.embedding`.
     """
-    if max_norm is not None and holds_numbers(input, weight) and input.dtype in (torch.int64, torch.int32):
+    if padding_idx is not None and type(padding_idx) is not int:
+        _check_type("embedding", "padding_idx", padding_idx, int)
+    if type(scale_grad_by_freq) is not bool or type(sparse) is not bool:
+        _check_type("embedding", "scale_grad_by_freq", scale_grad_by_freq, bool)
+        _check_type("embedding", "sparse", sparse, bool)
+    ids = max_norm is not None and holds_numbers(input, weight) and input.dtype in (torch.int64, torch.int32)
+    if ids and weight.dim() == 2:
         _check_ids(input, weight.size(0))
     if not native("embedding", weight, input):
         return eager.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
@@ -228,14 +259,14 @@ def mse_loss(
     -----
     Signature and semantics of :func:`torch.nn.functional.mse_loss`.
     """
-    if target.size() != input.size():
+    if target.size() != input.size() and not torch.compiler.is_compiling():  # a warning would end the trace
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
             "Please ensure they have the same size.",
             stacklevel=2,
         )
-    if size_average is not None or reduce is not None or reduction not in _REDUCTIONS:
+    if size_average is not None or reduce is not None or reduction not in _REDUCTION_NAMES:
         if weight is not None and reduction == "elementwise_mean" and size_average is None and reduce is None:
             raise ValueError(
                 "mse_loss: reduction must be one of 'none', 'mean', 'sum' with weight, got 'elementwise_mean'"
@@ -309,10 +340,9 @@ def cross_entropy(
     Signature and semantics of :func:`torch.nn.functional.cross_entropy`. The softmax is taken online, block by block
     (arXiv:1805.02867), and under ``"mean"`` and ``"sum"`` the gradient is formed in the same visit of a row.
     """
-    if size_average is not None or reduce is not None or reduction not in _REDUCTIONS:
+    if size_average is not None or reduce is not None or reduction not in _REDUCTION_NAMES:
         reduction = _reduction_name("cross_entropy", reduction, size_average, reduce)
-    if softcap is not None:
-        _check_softcap("cross_entropy", softcap)
+    _check_numbers("cross_entropy", ignore_index, label_smoothing, lse_square_scale, softcap)
     if not native("cross_entropy", input, target, weight):
         return eager.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing, lse_square_scale, softcap
@@ -379,14 +409,14 @@ def linear_cross_entropy(
     given; here -100 counts as not given.
     """
     op = "linear_cross_entropy"
-    _check_linear(input, linear_weight, linear_bias)
-    if reduction not in _REDUCTIONS:
+    if linear_weight.dim() != 2:
+        _check_linear(input, linear_weight, linear_bias)  # else the compiled operation checks, or eager after this
+    if reduction not in _REDUCTION_NAMES:
         reduction = _reduction_name(op, reduction)
-    if softcap is not None:
-        _check_softcap(op, softcap)
     if ignore_index is None:
         ignore_index = -100
-    elif ignore_index != -100 and target.shape == (*input.shape[:-1], *linear_weight.shape[:-1]):
+    _check_numbers(op, ignore_index, label_smoothing, lse_square_scale, softcap)
+    if ignore_index != -100 and target.shape == (*input.shape[:-1], *linear_weight.shape[:-1]):
         raise RuntimeError(f"{op}: ignore_index must be None for class probabilities, got {ignore_index}")
     if linear_weight.dim() > 2:
         logits = _spatial_logits(input, linear_weight, linear_bias)
@@ -401,6 +431,7 @@ def linear_cross_entropy(
             softcap=softcap,
         )
     if not native(op, input, linear_weight, target, linear_bias, weight):
+        _check_linear(input, linear_weight, linear_bias)
         return eager.linear_cross_entropy(
             input,
             linear_weight,
@@ -449,3 +480,7 @@ def _spatial_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias)
     return logits.unflatten(1, linear_weight.shape[:-1])
+
+
+for _name in __all__:
+    torch.fx.wrap(_name)  # one call in a symbolically traced graph, as PyTorch's own functions are

@@ -30,7 +30,11 @@ INSTRUCTIONS = {
     "cross_entropy": {
         target: [*WIDE, r"MUFU\.EX2", *([] if target == "sm_80" else ["UCGABAR_ARV"])] for target in TARGETS
     },
+    "embedding": dict.fromkeys(TARGETS, WIDE),
+    "gemm_mma": dict.fromkeys(TARGETS, [r"HMMA\.16816", r"LDGSTS\S*\.128", r"LDSM\.16\.M88\.4", *WIDE]),
+    "gemm_wgmma": {"sm_90a": [r"HGMMA\.64x256x16", r"UTMALDG\.2D", r"SYNCS\S*TRYWAIT", "USETMAXREG", WIDE[1]]},
     "linear_cross_entropy": dict.fromkeys(TARGETS, WIDE),
+    "linear_relu": dict.fromkeys(TARGETS, WIDE),
     "mse_loss": dict.fromkeys(TARGETS, WIDE),
 }
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INSTRUCTION_SETS = ("default", "avx2", "avx512")  # values of ATEN_CPU_CAPABILITY
@@ -74,13 +76,25 @@ def check_against_float64(
 
 
 def run_python(code: str, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run ``code`` in a fresh interpreter (an instruction set is chosen once per process)."""
+    """Run ``code`` in a fresh interpreter (an instruction set is chosen once per process), on what conftest.py chooses."""
     import os
 
+    here = str(Path(__file__).resolve().parent)
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"import sys; sys.path.append({here!r}); import conftest\n{code}"],
         capture_output=True,
         text=True,
         timeout=timeout,
         env={**os.environ, **(env or {})},
     )
+
+
+WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "bincount", "_unique2", "unique_dim"}
+
+
+class Waits(TorchDispatchMode):
+    """Fails at an operation that would make the host wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in WAITS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))

@@ -1,11 +1,15 @@
 """The command line, as a user runs it."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from fastllm import data
+from fastllm.cli import _InterruptAfterStep, main
 
 SMALL = ["--steps", "8", "--batch-size", "4", "--sequence-length", "8", "--vocab-size", "280", "--embedding-dim", "8"]
 
@@ -49,6 +53,28 @@ def test_interrupt_saves_and_says_how_to_resume(text, tmp_path):
     assert f"fastllm train --resume {out}" in stdout and out.exists()
 
 
+def test_interrupt_waits_for_the_end_of_a_step():
+    """Between the optimizer's tensors a checkpoint would hold half of a step. A second Ctrl-C does not wait."""
+    with _InterruptAfterStep() as interrupt:
+        interrupt.step_ends()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.step_ends()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_interrupt_outside_of_training(monkeypatch, capsys):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "read_text", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "\nfastllm train: interrupted\n"
+
+
 def test_resume(text, tmp_path):
     out = tmp_path / "m.pt"
     assert fastllm("train", "--text", text, "--out", out, *SMALL).returncode == 0
@@ -65,6 +91,9 @@ def test_resume(text, tmp_path):
         (["train", "--steps", "0"], "at least 1"),
         (["train", "--vocab-size", "3"], "vocab_size"),
         (["train", "--nonsense"], "unrecognized"),
+        (["train", "--out", "/proc/absent/m.pt"], "/proc/absent"),
+        (["train", "--out", "/"], "cannot write a checkpoint to /"),
+        (["train", "--prompt", ""], "prompt must not be empty"),
         ([], "required"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from helpers import check_against_float64
-from operations import ALL, cases_of, small_cases
+from operations import ALL, cases_of, plain_calls, small_cases
 from torch.utils.checkpoint import checkpoint
 
 import fastllm
@@ -188,55 +188,10 @@ def test_compile_with_inductor():
         torch.testing.assert_close(a, b)
 
 
-def _opcheck_arguments():
-    x, t, w = torch.randn(3, 4), torch.randn(3, 4), torch.rand(3, 4)
-    ids, y = torch.tensor([1, 4, 0]), torch.tensor([1, -100, 4])
-    logits, cw = torch.randn(3, 5), torch.rand(5)
-    w1, b1, w2, b2 = torch.randn(6, 4), torch.randn(6), torch.randn(2, 6), torch.randn(2)
-    head, hb = torch.randn(5, 4), torch.randn(5)
-    ops = torch.ops.fastllm
-    grad = lambda t: t.clone().requires_grad_()  # noqa: E731
-    loss = (-100, 0.1, 0.01, 3.0)
-    z = 3 * torch.tanh(logits / 3)
-    softmax = torch.stack([z.amax(1), (z - z.amax(1, keepdim=True)).exp().sum(1).log()])
-    for reduction in (0, 1, 2):
-        g = torch.randn(3) if reduction == 0 else torch.tensor(1.5)
-        yield ops.mse_loss, (grad(x), grad(t), None, reduction)
-        yield ops.mse_loss, (grad(x), t.t().contiguous().t(), w, reduction)
-        yield ops.mse_loss_forward, (x, t, w, reduction, True)
-        yield ops.mse_loss_backward, (torch.randn(3, 4) if reduction == 0 else g, x, t, None, reduction)
-        yield ops.cross_entropy, (grad(logits), y, cw, reduction, *loss, False)
-        yield (
-            ops.cross_entropy,
-            (grad(torch.randn(2, 5, 3)), torch.tensor([[1, 2, 0]] * 2), None, reduction, *loss, False),
-        )
-        yield ops.cross_entropy_forward, (logits, y, cw, reduction, *loss, True)
-        yield ops.cross_entropy_backward, (g, logits, y, cw, softmax, reduction, *loss)
-        yield ops.cross_entropy_backward_, (g, logits.clone(), y, cw, softmax, reduction, *loss)
-        yield ops.linear_cross_entropy, (grad(x), grad(head), y, grad(hb), cw, reduction, *loss)
-        yield ops.linear_cross_entropy_forward, (x, head, y, hb, cw, reduction, *loss, True, True, True)
-        yield ops.linear_cross_entropy_backward, (g, x, head, y, None, None, reduction, *loss, True, False, True)
-        if reduction != 0:  # a gradient that forward has formed
-            yield ops.cross_entropy_correct_, (g, logits, y, cw, softmax, reduction, *loss, torch.randn(3, 5))
-            yield ops.mse_loss_correct_, (g, x, t, None, reduction, torch.randn(3, 4))
-            yield ops.linear_cross_entropy_scale_, (g, torch.randn(5, 4))
-    yield ops.embedding, (ids, grad(head), -1, False, False)
-    yield ops.embedding, (ids.view(1, 3), grad(head), 2, True, False)
-    yield ops.embedding_forward, (head, ids)
-    yield ops.embedding_backward, (torch.randn(3, 4), ids, 5, 1, True)
-    yield ops.linear_relu, (grad(x), grad(w1), grad(b1))
-    yield ops.linear_relu, (grad(torch.randn(2, 3, 4)), grad(w1), None)
-    yield ops.linear_relu_forward, (x, w1, b1)
-    yield ops.linear_relu_backward, (torch.randn(3, 6), torch.randn(3, 6), x, w1, True, True, True)
-    yield ops.relu_mlp, (grad(x), grad(w1), grad(b1), grad(w2), grad(b2))
-    yield ops.relu_mlp_forward, (x, w1, None, w2, b2)
-    yield ops.relu_mlp_backward, (torch.randn(3, 2), torch.randn(3, 6), x, w1, w2, True, True, True, True, False)
-
-
 @native
 def test_opcheck():
     seen = set()
-    for op, arguments in _opcheck_arguments():
+    for op, arguments in plain_calls():
         torch.library.opcheck(op.default, arguments)
         seen.add(op.default._schema.name)
     registered = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastllm::")}

@@ -31,6 +31,11 @@ def assert_same(x, *args, **kwargs):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+def half_unit(dtype):
+    """Half a unit in the last place and a little: the error of one rounding of what float32 holds."""
+    return max(0.52 * torch.finfo(dtype).eps, 1e-5)
+
+
 INF = float("inf")
 
 
@@ -98,6 +103,63 @@ def test_gradient_of_probabilities():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     q = torch.softmax(torch.randn(3, 5, dtype=torch.float64), 1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, q: F.cross_entropy(x, q, label_smoothing=0.1), [x, q])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_gradient_of_class_weights(reduction):
+    """PyTorch differentiates by the weights under class probabilities, and refuses to with class indices."""
+    x, q = torch.randn(2, 5, 3, requires_grad=True), torch.rand(2, 5, 3)
+    w = torch.rand(5, requires_grad=True)
+    ours, theirs = (f(x, q, w, reduction=reduction, label_smoothing=0.1) for f in (F.cross_entropy, TF.cross_entropy))
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours.sum(), [x, w]), torch.autograd.grad(theirs.sum(), [x, w]), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(RuntimeError, match="^cross_entropy: weight must not require a gradient"):
+        F.cross_entropy(x, q.argmax(1), w)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 15, 31, 32, 33, 65, 1023, 1041, 2100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_class_finds_its_probability(classes, dtype):
+    """However exponentials lie in the scratch row: p - 1 at the true class and p elsewhere, wherever a row begins."""
+    torch.manual_seed(0)
+    wide, y = torch.randn(classes, classes + 3).to(dtype), torch.arange(classes)
+    for offset in range(3):
+        x = wide[:, offset : offset + classes]
+        _, grad = gradient(F.cross_entropy, x, y, reduction="sum")
+        p = torch.softmax(x.double(), 1)
+        p[y, y] -= 1
+        torch.testing.assert_close(grad.double(), p, rtol=half_unit(dtype), atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_beyond_the_caches(dtype):
+    """More than 64 MiB are written past the caches, from the first aligned item of each row on."""
+    torch.manual_seed(0)
+    x, y = torch.randn(331, 101377).to(dtype), torch.randint(0, 101377, (331,))
+    y[::7] = torch.arange(48)  # near the beginning of rows of every alignment
+    _, grad = gradient(F.cross_entropy, x, y, reduction="sum")
+    again = x.clone().requires_grad_()
+    F.cross_entropy(again, y, reduction="sum", inplace_backward=True).backward()
+    for rows in torch.arange(331).split(50):
+        p = torch.softmax(x[rows].double(), 1)
+        p[torch.arange(len(rows)), y[rows]] -= 1
+        for found in (grad[rows], again.grad[rows]):
+            torch.testing.assert_close(found.double(), p, rtol=half_unit(dtype), atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nan_of_any_payload(dtype):
+    """A NaN stays one through the rounding, whatever its bits."""
+    x = torch.randn(2, 70).to(dtype)
+    bits = {2: torch.int16, 4: torch.int32}[x.element_size()]
+    x.view(bits)[1, 33] = torch.iinfo(bits).max
+    _, grad = gradient(F.cross_entropy, x, torch.tensor([3, 4]))
+    assert grad[0].isfinite().all() and grad[1].isnan().all()
+    weight = torch.ones(70).to(dtype)
+    weight.view(bits)[4] = -1
+    _, grad = gradient(F.cross_entropy, torch.randn(2, 70).to(dtype), torch.tensor([3, 4]), weight, reduction="sum")
+    assert grad[0].isfinite().all() and grad[1].isnan().all()
 
 
 def test_confident_rows_keep_their_gradient():

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import Waits
+from operations import plain_calls
 
 import fastllm
 import fastllm.functional as F
@@ -107,6 +109,19 @@ def test_mse_loss_of_views_that_start_anywhere(offset, dtype):
                 losses.append(F.mse_loss(x.detach().to(like), t.to(like)).to(dtype))
         torch.testing.assert_close(*grads)
         torch.testing.assert_close(*losses)
+
+
+def test_no_operation_waits_for_the_device():
+    served = set()
+    for op, arguments in plain_calls():
+        name = op.default._schema.name.split("::")[1]
+        if not hasattr(torch.ops.fastllm_cuda, name):
+            continue
+        served.add(name)
+        with Waits():
+            getattr(torch.ops.fastllm_cuda, name).default(*arguments)
+    declared = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastllm_cuda::")}
+    assert served == declared
 
 
 # Kernel, file, text, and what it becomes: each must fail a test.

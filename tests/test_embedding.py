@@ -61,6 +61,31 @@ def test_sums_of_low_precision_gradients(dtype):
     assert torch.equal(weight.grad, expected.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 3}, {"scale_grad_by_freq": True}], ids=str)
+def test_few_ids_and_many(options, dtype):
+    """128 ids take another way than 129: the same bits where the last id is another row's."""
+    torch.manual_seed(0)
+    weight = torch.randn(12, 37).to(dtype).requires_grad_()
+    ids, incoming = torch.randint(0, 11, (129,)), torch.randn(129, 37).to(dtype)
+    ids[128] = 11
+    few, many = (
+        torch.autograd.grad(F.embedding(ids[:n], weight, **options), weight, incoming[:n])[0] for n in (128, 129)
+    )
+    assert torch.equal(few[:11], many[:11]) and few[11].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_ids_of_a_table_beyond_the_caches(dtype):
+    """17 MiB and more are zeroed by two threads, past the caches."""
+    weight = torch.randn(9001, 1001).to(dtype).requires_grad_()
+    ids = torch.tensor([9000, 0, 4500, 0])
+    F.embedding(ids, weight).backward(torch.ones(4, 1001, dtype=dtype))
+    expected = torch.zeros_like(weight)
+    expected[0], expected[4500], expected[9000] = 2, 1, 1
+    assert torch.equal(weight.grad, expected)
+
+
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1])
 def test_id_out_of_range(bad, ids_dtype):

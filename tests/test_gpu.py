@@ -103,6 +103,66 @@ def test_a_captured_step_replays(index):
         assert all(torch.equal(a, b) for a, b in zip(expected, captured, strict=True))
 
 
+@pytest.fixture(params=["plain", "library", "mma", "wgmma"])
+def way(request, backend, monkeypatch):
+    """Who multiplies in linear_relu and relu_mlp on backend cuda; what this GPU cannot do is skipped."""
+    if backend != "cuda":
+        pytest.skip("the ways of backend cuda")
+    monkeypatch.setenv("FASTLLM_CUDA_GEMM", request.param)
+    try:
+        F.linear_relu(torch.ones(8, 8, dtype=torch.bfloat16), torch.ones(8, 8, dtype=torch.bfloat16))
+    except RuntimeError as refused:
+        if "needs" not in str(refused):
+            raise
+        pytest.skip(str(refused))
+    return request.param
+
+
+def reference_mlp(x, w1, b1, w2, b2):
+    return TF.linear(torch.relu(TF.linear(x, w1, b1)), w2, b2)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("m, h, k, n", [(1, 64, 64, 8), (100, 520, 264, 72), (5000, 3000, 776, 760), (4096,) * 4])
+def test_products_with_an_epilogue(way, dtype, m, h, k, n):
+    torch.manual_seed(0)
+    shapes = [(m, k), (h, k), (h,), (n, h), (n,)]
+    x, w1, b1, w2, b2 = (torch.randn(s).mul(s[-1] ** -0.5).to(dtype).requires_grad_() for s in shapes)
+    check_against_float64(F.linear_relu, lambda x, w, b: torch.relu(TF.linear(x, w, b)), [x, w1, b1])
+    check_against_float64(F.relu_mlp, reference_mlp, [x, w1, b1, w2, b2])
+    results = []
+    for _ in range(2):
+        output = F.relu_mlp(x, w1, b1, w2, b2)
+        results.append([output, *torch.autograd.grad(output, [x, w1, b1, w2, b2], torch.ones_like(output))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@on_gpu
+def test_relu_of_nan(way, request):
+    if way == "library":
+        request.applymarker(pytest.mark.xfail(strict=False, reason="cuBLASLt does not say what its ReLU makes of NaN"))
+    x, w = torch.randn(130, 64), torch.eye(64)
+    x[5, 3], x[129, 63], w[7, 7] = float("nan"), float("-inf"), float("inf")
+    x, w = x.bfloat16(), w.bfloat16()
+    torch.testing.assert_close(F.linear_relu(x, w), torch.relu(TF.linear(x, w)), equal_nan=True)
+
+
+@on_gpu
+def test_a_timed_choice_of_the_library(way, monkeypatch):
+    """FASTLLM_AUTOTUNE=1 times algorithms on the first call of a shape, and never while a graph is captured."""
+    monkeypatch.setenv("FASTLLM_AUTOTUNE", "1")
+    x, w = torch.randn(300, 200, dtype=torch.bfloat16), torch.randn(400, 200, dtype=torch.bfloat16)
+    expected = torch.relu(TF.linear(x, w))
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = F.linear_relu(x, w)
+    graph.replay()
+    for output in (captured, F.linear_relu(x[:290], w), F.linear_relu(x[:290], w)):
+        torch.testing.assert_close(output, expected[: len(output)], rtol=2e-2, atol=2e-2)
+
+
 @on_gpu
 def test_more_than_2_to_the_31_logits():
     n, v = 16500, 131072

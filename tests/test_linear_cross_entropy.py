@@ -8,6 +8,7 @@ import torch.nn.functional as TF
 from helpers import DTYPES, check_against_float64, run_python
 from operations import cases_of
 
+import fastllm
 import fastllm.functional as F
 
 TESTS = str(Path(__file__).resolve().parent)
@@ -20,6 +21,115 @@ def test_error_against_float64(dtype):
             check_against_float64(case.ours, case.reference, case.inputs)
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from error
+
+
+# Around what the kernel for few features cuts at: panels of 4 to 32 rows, groups of panels, tiles and blocks of 64
+# classes, vectors of 4 to 16 features with the bias beside them; and the first shapes beyond it.
+SKINNY = [
+    (1, 1, 1),
+    (2, 7, 2),
+    (8, 8, 63),
+    (9, 15, 64),
+    (17, 16, 65),
+    (33, 31, 128),
+    (65, 32, 130),
+    (129, 20, 300),
+    (300, 3, 77),
+    (530, 10, 13),
+    (9, 33, 64),
+    (3, 2, 4096),
+    (3, 2, 4097),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("n", "d", "v"), SKINNY)
+def test_few_features(n, d, v, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(n, d).to(dtype).requires_grad_()
+    w = (2 * torch.randn(v, d)).to(dtype).requires_grad_()
+    b = torch.randn(v).to(dtype).requires_grad_()
+    cw = torch.rand(v) + 0.5
+    for reduction, weighted, biased, ids in (
+        ("mean", False, True, torch.int64),
+        ("sum", True, False, torch.int32),
+        ("none", True, True, torch.int64),
+    ):
+        y = torch.randint(0, v, (n,))
+        y[n // 3 :: 5] = -100
+        options, own = {"reduction": reduction}, y.to(ids)
+
+        def ours(x, w, b, y=own, weighted=weighted, options=options):
+            return F.linear_cross_entropy(x, w, y, linear_bias=b, weight=cw.to(x) if weighted else None, **options)
+
+        def reference(x, w, b, y=y, weighted=weighted, options=options):
+            return TF.cross_entropy(TF.linear(x, w, b), y, weight=cw.to(x) if weighted else None, **options)
+
+        check_against_float64(ours, reference, [x, w, b if biased else None])
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_few_features_some_gradients(wanted):
+    """Whichever gradients are asked for, each has the bits that it has among all of them; the loss too."""
+    torch.manual_seed(0)
+    values = [torch.randn(70, 16), torch.randn(50, 16), torch.randn(50)]
+    y = torch.randint(0, 50, (70,))
+
+    def run(wanted):
+        inputs = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(values)]
+        loss = F.linear_cross_entropy(inputs[0], inputs[1], y, linear_bias=inputs[2])
+        return loss.detach(), torch.autograd.grad(loss, [inputs[i] for i in wanted])
+
+    (loss, grads), (whole_loss, all_grads) = run(wanted), run((0, 1, 2))
+    assert torch.equal(loss, whole_loss)
+    assert torch.equal(F.linear_cross_entropy(values[0], values[1], y, linear_bias=values[2]), loss)
+    for i, grad in zip(wanted, grads, strict=True):
+        # Groups of rows are cut otherwise where nothing is summed over them: input's gradient is a row's own.
+        assert torch.equal(grad, all_grads[i])
+
+
+@pytest.mark.skipif(fastllm.backends.get_backend() not in ("auto", "cpu"), reason="library products read every row")
+def test_few_features_rows_that_do_not_count():
+    """Ignored rows are skipped, whole groups of them too, and what they hold is not read."""
+    torch.manual_seed(0)
+    x, w, b = torch.randn(600, 12), torch.randn(40, 12), torch.randn(40)
+    y = torch.randint(0, 40, (600,))
+    y[:200] = y[333] = -100
+    dirty = x.clone()
+    dirty[y == -100] = float("nan")
+    counted = y != -100
+
+    def gradients(x, y):
+        inputs = [t.clone().requires_grad_() for t in (x, w, b)]
+        loss = F.linear_cross_entropy(inputs[0], inputs[1], y, linear_bias=inputs[2])
+        return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+    clean, found = gradients(x[counted], y[counted]), gradients(dirty, y)
+    for a, e in zip([found[0], found[1][counted], *found[2:]], clean, strict=True):
+        torch.testing.assert_close(a, e, rtol=2e-5, atol=1e-7)
+    assert found[1][~counted].eq(0).all()
+
+
+@pytest.mark.parametrize("bias", [float("-inf"), float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("where", [slice(None), slice(0, 3), slice(5, 40)], ids=str)
+def test_few_features_special_logits(where, bias):
+    """Masked classes, rows of -inf alone, infinite and NaN logits: what PyTorch gives."""
+    torch.manual_seed(0)
+    x, w, b = torch.randn(11, 6), torch.randn(70, 6), torch.randn(70)
+    b[where] = bias
+    y = torch.tensor([1, 50, 69, 2, -100, 39, 0, 45, 60, 51, 52])
+    results = []
+    for f in (
+        lambda x, w, b: F.linear_cross_entropy(x, w, y, linear_bias=b),
+        lambda x, w, b: TF.cross_entropy(TF.linear(x, w, b), y),
+    ):
+        inputs = [t.clone().requires_grad_() for t in (x, w, b)]
+        loss = f(*inputs)
+        results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+    ours, theirs = results
+    ours[1], theirs[1] = (g[y != -100] for g in (ours[1], theirs[1]))  # an ignored row's is 0, PyTorch's may be NaN
+    for a, e in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, e, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -35,8 +145,8 @@ from helpers import check_against_float64
 torch.manual_seed(0)
 for n in (65, 128, 300):
     for reduction in ("none", "mean", "sum"):
-        x = torch.randn(n, 24).to({dtype}).requires_grad_()
-        w = (torch.randn(900, 24) / 4).to({dtype}).requires_grad_()
+        x = torch.randn(n, 40).to({dtype}).requires_grad_()
+        w = (torch.randn(900, 40) / 5).to({dtype}).requires_grad_()
         b = torch.randn(900).to({dtype}).requires_grad_()
         y = torch.randint(0, 900, (n,)); y[3] = -100
         check_against_float64(
@@ -104,3 +214,30 @@ def test_gradient_of_probabilities():
     x, w = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (5, 4)))
     q = torch.softmax(torch.randn(3, 5, dtype=torch.float64), 1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, w, q: F.linear_cross_entropy(x, w, q), [x, w, q])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_gradients_of_an_input_without_features(reduction):
+    """Only the bias has something to learn; its gradient starts in memory that held NaN."""
+    y = torch.tensor([3, -100, 0])
+    for _ in range(3):
+        held = [torch.full((7,), float("nan"), dtype=torch.float64) for _ in range(50)]
+        del held
+        x, w = torch.randn(3, 0).double().requires_grad_(), torch.randn(7, 0).double().requires_grad_()
+        b = torch.randn(7).double().requires_grad_()
+        check_against_float64(
+            lambda x, w, b: F.linear_cross_entropy(x, w, y, linear_bias=b, reduction=reduction),
+            lambda x, w, b: TF.cross_entropy(TF.linear(x, w, b), y, reduction=reduction),
+            [x, w, b],
+        )
+
+
+def test_gradient_of_class_weights():
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    q, classes = torch.rand(3, 5), torch.rand(5, requires_grad=True)
+    ours = F.linear_cross_entropy(x, w, q, weight=classes)
+    theirs = TF.cross_entropy(TF.linear(x, w), q, classes)
+    torch.testing.assert_close(ours, theirs)
+    wanted = [x, w, classes]
+    for a, b in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True):
+        torch.testing.assert_close(a, b)

@@ -45,6 +45,18 @@ def test_weight_of_one_dimension():
     torch.testing.assert_close(F.linear_relu(x, w), torch.relu(TF.linear(x, w)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_to_sum(dtype):
+    """No features: the bias alone."""
+    b = torch.randn(3).to(dtype).requires_grad_()
+    x, w = torch.randn(2, 0, dtype=dtype), torch.randn(3, 0, dtype=dtype)
+    check_against_float64(
+        lambda b: F.linear_relu(x.to(b.dtype), w.to(b.dtype), b),
+        lambda b: torch.relu(TF.linear(x.to(b.dtype), w.to(b.dtype), b)),
+        [b],
+    )
+
+
 def test_bfloat16_rounds_once():
     """Product and bias nearly cancel: rounding the product first would give a wrong sign."""
     x = torch.full((4, 256), 1.0, dtype=torch.bfloat16)

@@ -49,12 +49,28 @@ def test_broadcasting_warns_and_reduces_the_gradient(reduction):
         torch.testing.assert_close(a, b)
 
 
+def test_broadcasting_compiles():
+    x, t = torch.randn(4, 3, requires_grad=True), torch.randn(3)
+    loss = torch.compile(F.mse_loss, fullgraph=True, backend="aot_eager")(x, t)
+    torch.testing.assert_close(loss, (x - t).square().mean())
+
+
 def test_mixed_dtypes_promote():
     x, t = torch.randn(3, requires_grad=True), torch.randn(3, dtype=torch.float64)
     loss = F.mse_loss(x, t)
     assert loss.dtype == torch.float64
     loss.backward()
     torch.testing.assert_close(x.grad, (2 * (x.detach() - t) / 3).float())
+
+
+def test_a_wider_weight_promotes():
+    x, w = torch.randn(100).bfloat16().requires_grad_(), torch.rand(100)
+    loss = F.mse_loss(x, torch.zeros_like(x), weight=w)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    double = x.detach().double()
+    torch.testing.assert_close(loss.double(), (w * double**2).sum() / w.double().sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(x.grad, (2 * w * double / w.double().sum()).bfloat16())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -67,12 +68,41 @@ CALLS = [
     ("mse_loss", (x, x[0]), {}),
     ("mse_loss", (x, torch.randn(5, 4)), {}),
     ("mse_loss", (x, x.double()), {}),
+    ("mse_loss", (x, torch.tensor(1.0, dtype=torch.float64)), {}),
+    ("mse_loss", (x, x.cfloat()), {}),
+    *(("mse_loss", (x[:1], x), {"weight": torch.rand(1, 4), "reduction": r}) for r in ("none", "mean", "sum")),
+    ("mse_loss", (x, x + 1), {"weight": torch.rand(3, 4).double()}),
+    ("mse_loss", (x, x + 1), {"weight": torch.ones(3, 4, dtype=torch.int64)}),
+    ("mse_loss", (x, x + 1), {"weight": torch.rand(3, 4, device="meta")}),
     ("cross_entropy", (x, y), {"reduction": "elementwise_mean"}),
     ("cross_entropy", (x, y), {"reduction": "avg"}),
     ("cross_entropy", (x, y, None, False), {}),
     ("cross_entropy", (x, y, None, None, 1, False), {}),
     ("cross_entropy", (x, y.to(torch.uint8)), {}),
     ("cross_entropy", (x, torch.rand(3, 4)), {"ignore_index": 2}),
+    *(("cross_entropy", (x[:, :0], torch.zeros(3, 0)), {"reduction": r}) for r in ("none", "mean", "sum")),
+    ("cross_entropy", (x[0, :0], torch.zeros(0)), {}),
+    ("cross_entropy", (torch.zeros(2, 0, 3), torch.zeros(2, 0, 3)), {"reduction": "none"}),
+    ("cross_entropy", (x[0, 0], x[0, 0]), {}),
+    ("cross_entropy", (x[0, 0], y[0]), {}),
+    ("cross_entropy", (x[0, 0], y[:1]), {}),
+    ("cross_entropy", (x, torch.rand(3, 4)), {"weight": torch.rand(4).double()}),
+    ("cross_entropy", (x, torch.rand(3, 4)), {"weight": torch.ones(4, dtype=torch.int64)}),
+    ("cross_entropy", (x, y), {"ignore_index": 1.5}),
+    ("cross_entropy", (x, y), {"ignore_index": None}),
+    ("cross_entropy", (x, y), {"ignore_index": True}),
+    ("cross_entropy", (x, y), {"ignore_index": np.int64(1)}),
+    ("cross_entropy", (x, y), {"label_smoothing": "much"}),
+    ("cross_entropy", (x, y), {"label_smoothing": None}),
+    ("cross_entropy", (x, y), {"label_smoothing": 1}),
+    ("cross_entropy", (x, y), {"label_smoothing": np.float32(0.5)}),
+    ("cross_entropy", (x, y), {"reduction": ["mean"]}),
+    ("embedding", (y, table, 1.0), {}),
+    ("embedding", (y, table, True), {}),
+    ("embedding", (y, table), {"sparse": 1}),
+    ("embedding", (y, table), {"scale_grad_by_freq": None}),
+    ("embedding", (y, table[0]), {"max_norm": 1.0}),
+    ("embedding", (y, table.to_sparse()), {}),
     ("embedding", (y[:0], table[:0], 0), {}),
     ("embedding", (y, table, -5), {}),
     ("embedding", (y, table, -6), {}),
@@ -87,6 +117,13 @@ CALLS = [
     ("linear_cross_entropy", (x, table[0], y), {}),
     ("linear_cross_entropy", (x[0], table, y[0]), {}),
     ("linear_cross_entropy", (x[None], table, y[None]), {}),
+    ("linear_cross_entropy", (x[0], table, y[:1]), {}),
+    ("linear_cross_entropy", (x[0], table, y[:1]), {"reduction": "none"}),
+    ("linear_cross_entropy", (x[0], table, y[:2]), {}),
+    ("linear_cross_entropy", (x, table, y[0]), {}),
+    ("linear_cross_entropy", (x, table, q.double()), {}),
+    ("linear_cross_entropy", (x, table[:0], torch.zeros(3, 0)), {}),
+    ("linear_cross_entropy", (x, table, y), {"label_smoothing": "much"}),
     ("linear_cross_entropy", (x, deep, torch.ones(3, 2, dtype=torch.int64)), {"linear_bias": deep[..., 0]}),
     ("linear_cross_entropy", (x, deep, torch.ones(3, 2, dtype=torch.int64)), {"linear_bias": deep[0, :, 0]}),
     ("linear_cross_entropy", (x, deep, torch.ones(3, 2, dtype=torch.int64)), {"reduction": "avg"}),
@@ -117,7 +154,7 @@ def test_same_result_warning_or_exception_as_torch(op, arguments, options, backe
     if isinstance(expected, Exception):
         assert type(found) is type(expected), (found, expected)
     else:
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,3 +176,67 @@ def test_max_norm_checks_every_id_before_it_writes(backend):
         output = F.embedding(torch.tensor([1, 1]), weight, max_norm=1.0)
     torch.testing.assert_close(output.norm(dim=1), torch.ones(2))
     assert torch.equal(weight[0], torch.full((4,), 3.0)) and weight[1].norm() < 1.001
+
+
+def test_types_of_the_additional_options():
+    for op, arguments in (("cross_entropy", (x, y)), ("linear_cross_entropy", (x, table, y))):
+        for options in ({"softcap": "3"}, {"lse_square_scale": None}, {"lse_square_scale": "0"}):
+            with pytest.raises(TypeError, match=f"^{op}: {next(iter(options))} must be float, got .* of type"):
+                getattr(F, op)(*arguments, **options)
+
+
+BIASES = [torch.tensor(0.5), torch.randn(1), torch.randn(1, 6), torch.randn(3, 6), torch.randn(3, 1)]
+
+
+@pytest.mark.parametrize("bias", BIASES, ids=lambda b: str(tuple(b.shape)))
+def test_linear_expands_its_bias(bias):
+    """Whatever PyTorch's linear broadcasts, for matrices and batches of them; and no more."""
+    w, v = torch.randn(6, 4), torch.randn(6, 6)
+    for rows in (x, x[None]):
+        leaf = bias.clone().requires_grad_()
+        expected = torch.relu(TF.linear(rows, w, leaf))
+        for found, wanted in (
+            (F.linear_relu(rows, w, leaf), expected),
+            (F.relu_mlp(rows, w, leaf, v, None), TF.linear(expected, v)),
+            (F.relu_mlp(rows, w, None, v, leaf), TF.linear(torch.relu(TF.linear(rows, w)), v, leaf)),
+        ):
+            torch.testing.assert_close(found, wanted)
+            grads = [torch.autograd.grad(output.sum(), leaf, retain_graph=True)[0] for output in (found, wanted)]
+            torch.testing.assert_close(*grads)
+    deep = torch.randn(2, 3, 6)
+    with pytest.raises(RuntimeError, match=r"^linear_relu: bias must be of shape \(6,\), got \[2, 3, 6\]"):
+        F.linear_relu(x, w, deep)
+    for arguments in ((x, w, deep, v, None), (x, w, None, v, deep)):
+        with pytest.raises(RuntimeError, match=r"^relu_mlp: bias[12] must be of shape \(6,\), got \[2, 3, 6\]"):
+            F.relu_mlp(*arguments)
+
+
+def test_second_layer_of_one_dimension():
+    w, v = torch.randn(6, 4), torch.randn(6)
+    torch.testing.assert_close(F.relu_mlp(x, w, None, v, None), TF.linear(torch.relu(TF.linear(x, w)), v))
+
+
+def test_sparse_and_nested_tensors_are_for_eager():
+    w = torch.randn(6, 4)
+    nested = torch.nested.nested_tensor([x, x[:2]])
+    for arguments in ((x, w.to_sparse()), (x.to_sparse(), w), (nested, w)):
+        found, expected = F.linear_relu(*arguments), torch.relu(TF.linear(*arguments))
+        for a, b in zip(found.unbind(), expected.unbind(), strict=True):
+            torch.testing.assert_close(a.to_dense(), b.to_dense())
+        with fastllm.use_backend("cpu"), pytest.raises(RuntimeError, match="serves dense tensors"):
+            F.linear_relu(*arguments)
+
+
+def test_symbolic_tracing_sees_one_call():
+    for module, arguments in (
+        (fastllm.Embedding(5, 4), (y,)),
+        (fastllm.LinearReLU(4, 6), (x,)),
+        (fastllm.ReLUMLP(4, 6), (x,)),
+        (fastllm.MSELoss(), (x, x + 1)),
+        (fastllm.CrossEntropyLoss(), (x, y)),
+        (fastllm.LinearCrossEntropyLoss(4, 5), (x, y)),
+    ):
+        traced = torch.fx.symbolic_trace(module)
+        called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+        assert len(called) == 1 and called[0].__module__ == "fastllm.functional"
+        torch.testing.assert_close(traced(*arguments), module(*arguments))

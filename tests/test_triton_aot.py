@@ -4,15 +4,13 @@ import os
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import Waits
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 import triton_aot  # noqa: E402
-
-WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "bincount", "_unique2", "unique_dim"}
 
 
 @pytest.mark.parametrize("target", triton_aot.TARGETS)
@@ -37,14 +35,6 @@ def test_a_spill_and_a_missing_instruction_fail():
     result = triton_aot.compile_launch(launches[1], "as launched", "sm_90")
     result.matrix = False
     assert "no wgmma" in result.failure
-
-
-class Waits(TorchDispatchMode):
-    """Fails at an operation that would make the host wait for the device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in WAITS, f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

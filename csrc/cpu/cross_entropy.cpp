@@ -71,6 +71,15 @@ FASTLLM_INLINE acc_t<T> row_max(const T* x, int64_t n) {
   constexpr int w = lanes<T>;
   vec<A> m0 = splat(-kInfinity<A>), m1 = m0, m2 = m0, m3 = m0;
   int64_t i = 0;
+  if constexpr (in_pairs<T>) {
+    for (; i + 4 * w <= n; i += 4 * w) {
+      const Pair a = load_pair(x + i), b = load_pair(x + i + 2 * w);
+      m0 = max(a.even, m0);
+      m1 = max(a.odd, m1);
+      m2 = max(b.even, m2);
+      m3 = max(b.odd, m3);
+    }
+  }
   for (; i + 4 * w <= n; i += 4 * w) {
     m0 = max(load(x + i), m0);
     m1 = max(load(x + i + w), m1);
@@ -82,19 +91,45 @@ FASTLLM_INLINE acc_t<T> row_max(const T* x, int64_t n) {
   return reduce_max(max(max(m0, m1), max(m2, m3)));
 }
 
+// How exponentials lie in the scratch row: in order, or (kPairs) as pairs of vectors from item `head` on, as far as
+// whole pairs go.
+template <class T>
+FASTLLM_INLINE int64_t place(int64_t i, int64_t head, int64_t n) {
+  constexpr int64_t w = lanes<T>;
+  if (i < head || i >= head + (n - head) / (2 * w) * (2 * w)) return i;
+  const int64_t inside = (i - head) % (2 * w);
+  return i - inside + inside / 2 + (inside % 2) * w;
+}
+
 // Sum of exp(x - m); with kKeep the exponentials go to e.
-template <class T, bool kKeep>
-FASTLLM_INLINE acc_t<T> exp_sum(const T* x, acc_t<T> m, acc_t<T>* e, int64_t n) {
+template <class T, bool kKeep, bool kPairs>
+FASTLLM_INLINE acc_t<T> exp_sum(const T* x, acc_t<T> m, acc_t<T>* e, int64_t n, int64_t head) {
   using A = acc_t<T>;
   constexpr int w = lanes<T>;
   vec<A> s0{}, s1{};
-  int64_t i = 0;
+  const auto in_order = [&](int64_t from, int64_t to) __attribute__((always_inline)) {
+    for (int64_t i = from; i < to; i += w) {
+      const int64_t left = to - i < w ? to - i : w;
+      const vec<A> a = exp_of<T>(load_partial(x + i, left, -kInfinity<A>) - m);
+      if constexpr (kKeep) store_partial(e + i, a, left);
+      s0 += a;
+    }
+  };
+  int64_t i = kPairs && head < n ? head : 0;
+  in_order(0, i);
   for (; i + 2 * w <= n; i += 2 * w) {
     // The next block: its maximum is taken next, and memory would idle while this one computes.
     for (int64_t line = 0; line < 2 * w * static_cast<int64_t>(sizeof(T)); line += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(x + i + kCrossEntropyBlock) + line);
-    const vec<A> a = exp_nonpositive(load(x + i) - m);
-    const vec<A> b = exp_nonpositive(load(x + i + w) - m);
+    vec<A> a, b;
+    if constexpr (kPairs) {
+      const Pair v = load_pair(x + i);
+      a = exp_of<T>(v.even - m);
+      b = exp_of<T>(v.odd - m);
+    } else {
+      a = exp_of<T>(load(x + i) - m);
+      b = exp_of<T>(load(x + i + w) - m);
+    }
     if constexpr (kKeep) {
       store(e + i, a);
       store(e + i + w, b);
@@ -102,12 +137,7 @@ FASTLLM_INLINE acc_t<T> exp_sum(const T* x, acc_t<T> m, acc_t<T>* e, int64_t n) 
     s0 += a;
     s1 += b;
   }
-  for (; i < n; i += w) {
-    const int64_t left = n - i < w ? n - i : w;
-    const vec<A> a = exp_nonpositive(load_partial(x + i, left, -kInfinity<A>) - m);
-    if constexpr (kKeep) store_partial(e + i, a, left);
-    s0 += a;
-  }
+  in_order(i, n);
   return reduce_add(s0 + s1);
 }
 
@@ -118,20 +148,26 @@ struct Softmax {
   A lse() const { return max + log_sum(); }
 };
 
+// Blocks are equal but for the first, which is longer by `head`, so that those after it begin where streaming does.
+int64_t block_end(int64_t begin, int64_t head, int64_t n) {
+  const int64_t end = (begin == 0 ? head : begin) + kCrossEntropyBlock;
+  return end < n ? end : n;
+}
+
 // One walk over the row. With kKeep, e holds exp(x - reference of its block) and `references` one reference a block.
-template <class T, bool kKeep>
-Softmax<acc_t<T>> softmax_walk(const T* x, int64_t n, acc_t<T>* e, acc_t<T>* references) {
+template <class T, bool kKeep, bool kPairs>
+Softmax<acc_t<T>> softmax_walk(const T* x, int64_t n, acc_t<T>* e, acc_t<T>* references, int64_t head) {
   using A = acc_t<T>;
   A m = -kInfinity<A>, sum = 0;
-  for (int64_t begin = 0, b = 0; begin < n; begin += kCrossEntropyBlock, ++b) {
-    const int64_t size = n - begin < kCrossEntropyBlock ? n - begin : kCrossEntropyBlock;
+  for (int64_t begin = 0, b = 0; begin < n; begin = block_end(begin, head, n), ++b) {
+    const int64_t size = block_end(begin, head, n) - begin;
     const A block = row_max(x + begin, size);
     const A higher = block > m ? block : m;
     // While nothing but -inf has been seen, exponentials are taken against 0: they are 0, not exp(-inf + inf).
     const A reference = higher == -kInfinity<A> ? A(0) : higher;
     if (higher != m) sum = m == -kInfinity<A> && sum == 0 ? A(0) : sum * std::exp(m - higher);
     m = higher;
-    sum += exp_sum<T, kKeep>(x + begin, reference, e + begin, size);
+    sum += exp_sum<T, kKeep, kPairs>(x + begin, reference, e + begin, size, begin == 0 ? head : 0);
     if constexpr (kKeep) references[b] = higher;
   }
   // A row of -inf alone has no distribution.
@@ -181,7 +217,7 @@ acc_t<T> distribution_loss(const T* x, const T* q, const acc_t<T>* weight, acc_t
 
 // Gradients beyond this size go past the caches, which could not hold them; unless they overwrite the logits, whose
 // lines are in the cache.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
+constexpr int64_t kStreamBytes = int64_t{64} << 20;
 
 template <class T>
 bool streams(const CrossEntropyRows& r) {
@@ -198,27 +234,43 @@ struct Sink {
     else
       store(to + i, v);
   }
-  // Items before the first address that stream() accepts.
-  FASTLLM_INLINE int64_t head(int64_t n) const {
+  FASTLLM_INLINE void put_pair(int64_t i, Pair v) const {
+    const vec_u32 bits = pack_pair(v);
+    if (streaming)
+      stream_pair(to + i, bits);
+    else
+      std::memcpy(to + i, &bits, sizeof bits);
+  }
+  // Items before the first whole cache line: one written half past the caches and half through them costs a read.
+  FASTLLM_INLINE int64_t head() const {
     if (!streaming) return 0;
-    const auto address = reinterpret_cast<uintptr_t>(to);
-    const int64_t items = static_cast<int64_t>((-address & (stream_alignment<T> - 1)) / sizeof(T));
-    return items < n ? items : n;
+    return static_cast<int64_t>((-reinterpret_cast<uintptr_t>(to) & 63) / sizeof(T));
   }
 };
 
-// to[i] = value(i) over a row: value gives vectors and, for n < lanes, partial ones.
-template <class T, class F>
-FASTLLM_INLINE void write_row(Sink<T> sink, int64_t n, F value) {
+// to[i] = value(i, lanes) over a row, or value(i, fewer) at its ends; with kPairs pair(i) for 2 lanes items from i on.
+template <bool kPairs, class T, class F, class P>
+FASTLLM_INLINE void write_row(Sink<T> sink, int64_t n, F value, P pair) {
   constexpr int w = lanes<T>;
-  int64_t i = sink.head(n);
-  if (i > 0)
-    for (int64_t j = 0; j < i; j += w) {
-      const int64_t size = i - j < w ? i - j : w;
-      store_partial(sink.to + j, value(j, size), size);
-    }
-  for (; i + w <= n; i += w) sink.put(i, value(i, static_cast<int64_t>(w)));
-  if (i < n) store_partial(sink.to + i, value(i, n - i), n - i);
+  int64_t i = sink.head();
+  if (i > n) i = n;
+  for (int64_t j = 0; j < i; j += w) {
+    const int64_t size = i - j < w ? i - j : w;
+    store_partial(sink.to + j, value(j, size), size);
+  }
+  if constexpr (kPairs)
+    for (; i + 2 * w <= n; i += 2 * w) sink.put_pair(i, pair(i));
+  else
+    for (; i + w <= n; i += w) sink.put(i, value(i, static_cast<int64_t>(w)));
+  for (; i < n; i += w) {
+    const int64_t size = n - i < w ? n - i : w;
+    store_partial(sink.to + i, value(i, size), size);
+  }
+}
+
+template <class A>
+FASTLLM_INLINE A with_plain_nan(A x) {
+  return x != x ? std::numeric_limits<A>::quiet_NaN() : x;
 }
 
 template <class T>
@@ -240,8 +292,9 @@ FASTLLM_INLINE vec<acc_t<T>> less_target(const Problem<T>& problem, const T* q, 
   return problem.weight == nullptr ? v - terms.smooth : v - load_some(problem.weight + i, size) * terms.smooth;
 }
 
-// The gradient from kept exponentials e: p_c = e_c factor(block).
-template <class T>
+// The gradient from kept exponentials e: p_c = e_c factor(block). kPairs: of a plain row, whose every gradient but the
+// true class's is that product.
+template <class T, bool kPairs>
 void gradient_from_exponentials(const Problem<T>& problem, int64_t row, const acc_t<T>* e, const acc_t<T>* references,
                                 Softmax<acc_t<T>> softmax, acc_t<T> mass) {
   using A = acc_t<T>;
@@ -252,20 +305,28 @@ void gradient_from_exponentials(const Problem<T>& problem, int64_t row, const ac
   T* grad = problem.grad(row);
   const bool streaming = streams<T>(problem.r);
   A truth = 0;
-  for (int64_t begin = 0, b = 0; begin < n; begin += kCrossEntropyBlock, ++b) {
-    const int64_t size = n - begin < kCrossEntropyBlock ? n - begin : kCrossEntropyBlock;
+  const int64_t head = Sink<T>{grad, streaming}.head();
+  for (int64_t begin = 0, b = 0; begin < n; begin = block_end(begin, head, n), ++b) {
+    const int64_t size = block_end(begin, head, n) - begin;
     const A above = references[b] == -kInfinity<A> ? A(0) : std::exp(references[b] - softmax.max);
     const A share = above / softmax.sum;
-    const A factor = share * terms.probability;
-    if (terms.y >= begin && terms.y < begin + size)
-      truth = terms.at_class(e[terms.y] * share, problem.weight_of(terms.y));
+    const A factor = with_plain_nan(share * terms.probability);
     const Sink<T> sink{grad + begin, streaming};
-    if (plain)
-      write_row(sink, size, [&](int64_t i, int64_t some) { return load_some(e + begin + i, some) * factor; });
+    if (terms.y >= begin && terms.y < begin + size) {
+      const int64_t at = kPairs ? place<T>(terms.y - begin, begin == 0 ? head : 0, size) : terms.y - begin;
+      truth = terms.at_class(e[begin + at] * share, problem.weight_of(terms.y));
+    }
+    const auto scaled = [&](int64_t i, int64_t some) { return load_some(e + begin + i, some) * factor; };
+    if constexpr (kPairs)
+      write_row<true>(sink, size, scaled,
+                      [&](int64_t i) { return Pair{scaled(i, lanes<T>), scaled(i + lanes<T>, lanes<T>)}; });
+    else if (plain)
+      write_row<false>(sink, size, scaled, nullptr);
     else
-      write_row(sink, size, [&](int64_t i, int64_t some) {
-        return less_target(problem, q, terms, load_some(e + begin + i, some) * factor, begin + i, some);
-      });
+      write_row<false>(
+          sink, size,
+          [&](int64_t i, int64_t some) { return less_target(problem, q, terms, scaled(i, some), begin + i, some); },
+          nullptr);
   }
   if (terms.y >= 0) grad[terms.y] = from_acc<T>(truth);
 }
@@ -279,7 +340,7 @@ void gradient_from_softmax(const Problem<T>& problem, int64_t row, const acc_t<T
   const T* x = problem.logits(row);
   const T* q = problem.probabilities(row);
   const RowTerms<A> terms = problem.terms(row, mass, softmax.lse());
-  const A share = 1 / softmax.sum, scale = share * terms.probability;
+  const A share = 1 / softmax.sum, scale = with_plain_nan(share * terms.probability);
   const A inverse_cap = kCap ? static_cast<A>(1 / problem.r.softcap) : A(0);
   const auto logit = [&](int64_t i, int64_t some) {
     if constexpr (kCap)
@@ -295,12 +356,24 @@ void gradient_from_softmax(const Problem<T>& problem, int64_t row, const acc_t<T
     truth = terms.at_class(std::exp(value - softmax.max) * share, problem.weight_of(terms.y));
     if (kCap) truth *= 1 - (value * inverse_cap) * (value * inverse_cap);
   }
-  write_row(Sink<T>{grad, streams<T>(problem.r)}, problem.r.classes, [&](int64_t i, int64_t some) {
+  const Sink<T> sink{grad, streams<T>(problem.r)};
+  const auto value = [&](int64_t i, int64_t some) {
     const vec<A> v = logit(i, some);
-    vec<A> g = less_target(problem, q, terms, exp_nonpositive(v - softmax.max) * scale, i, some);
+    vec<A> g = less_target(problem, q, terms, exp_of<T>(v - softmax.max) * scale, i, some);
     if constexpr (kCap) g *= 1 - (v * inverse_cap) * (v * inverse_cap);
     return g;
-  });
+  };
+  if constexpr (in_pairs<T> && !kCap) {
+    if (q == nullptr && terms.smooth == 0)
+      write_row<true>(sink, problem.r.classes, value, [&](int64_t i) {
+        const Pair v = load_pair(x + i);
+        return Pair{exp_of<T>(v.even - softmax.max) * scale, exp_of<T>(v.odd - softmax.max) * scale};
+      });
+    else
+      write_row<false>(sink, problem.r.classes, value, nullptr);
+  } else {
+    write_row<false>(sink, problem.r.classes, value, nullptr);
+  }
   if (terms.y >= 0) grad[terms.y] = from_acc<T>(truth);
 }
 
@@ -368,17 +441,24 @@ void forward_row(const Problem<T>& problem, int64_t row, acc_t<T>* scratch) {
   A mass = 0;
   if (r.softcap != 0) {
     softcapped(x, scratch, r.softcap, r.classes);
-    const Softmax<A> softmax = softmax_walk<A, false>(scratch, r.classes, nullptr, nullptr);
+    const Softmax<A> softmax = softmax_walk<A, false, false>(scratch, r.classes, nullptr, nullptr, 0);
     finish(row_loss<T, A>(problem, row, scratch, softmax, &mass), softmax.max, softmax.log_sum());
     if (r.grad != nullptr) gradient_from_softmax<T, true>(problem, row, scratch, softmax, mass);
     return;
   }
   A* references = scratch + r.classes;
-  const bool keep = r.grad != nullptr;
-  const Softmax<A> softmax = keep ? softmax_walk<T, true>(x, r.classes, scratch, references)
-                                  : softmax_walk<T, false>(x, r.classes, nullptr, nullptr);
-  finish(row_loss<T, T>(problem, row, x, softmax, &mass), softmax.max, softmax.log_sum());
-  if (keep) gradient_from_exponentials(problem, row, scratch, references, softmax, mass);
+  const auto walk = [&]<bool kKeep, bool kPairs>() {
+    const int64_t head = kKeep ? Sink<T>{problem.grad(row), streams<T>(r)}.head() : 0;
+    const Softmax<A> softmax = softmax_walk<T, kKeep, kPairs>(x, r.classes, scratch, references, head);
+    finish(row_loss<T, T>(problem, row, x, softmax, &mass), softmax.max, softmax.log_sum());
+    if constexpr (kKeep) gradient_from_exponentials<T, kPairs>(problem, row, scratch, references, softmax, mass);
+  };
+  if (r.grad == nullptr)
+    walk.template operator()<false, in_pairs<T>>();
+  else if (in_pairs<T> && r.probabilities == nullptr && problem.smooth == 0)
+    walk.template operator()<true, in_pairs<T>>();
+  else
+    walk.template operator()<true, false>();
 }
 
 template <class T>

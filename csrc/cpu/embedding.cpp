@@ -3,7 +3,7 @@
 // Eager PyTorch zeroes the gradient of the whole table, then adds rows in the table's dtype, one id after the other.
 // Here positions are sorted by id (a stable counting sort), and each row of the gradient is written once: zeros, or the
 // sum of its positions' gradients, kept in the accumulator and rounded at the store. Traffic: the incoming gradient
-// once and the table once.
+// once and the table once. Few ids are not sorted: the table is zeroed as one stretch, and their rows written after.
 #include "embedding.h"
 
 #include "parallel.h"
@@ -211,9 +211,44 @@ int64_t piece_begin(const EmbeddingGradient& g, int64_t k, int64_t n) {
   return low;
 }
 
+// Rows of at most kFewIds ids: each at the first position of its id, from all positions of it in order.
+template <class T, class Index>
+void write_few(EmbeddingGradient g) {
+  const Index* ids = static_cast<const Index*>(g.ids);
+  T* grad = static_cast<T*>(g.grad);
+  const int64_t items = g.rows * g.features;
+  const bool streaming = items * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+  parallel_for(items, int64_t{1} << 19, [=](int64_t begin, int64_t end) {
+    fill_zero(grad + begin, end - begin, streaming);
+    stream_fence();
+  });
+  int64_t order[kFewIds];
+  g.order = order;
+  bool done[kFewIds] = {};
+  for (int64_t i = 0; i < g.count; ++i) {
+    if (done[i] || ids[i] == g.padding_idx) continue;
+    int64_t n = 0;
+    for (int64_t k = i; k < g.count; ++k) {
+      if (ids[k] != ids[i]) continue;
+      order[n++] = k;
+      done[k] = true;
+    }
+    const acc_t<T> scale = g.scale_by_frequency ? acc_t<T>(1) / static_cast<acc_t<T>>(n) : acc_t<T>(1);
+    const Row<T> row{grad + ids[i] * g.features, false};
+    sum_rows<T>(g, 0, n, [&](int64_t c, vec<acc_t<T>> v, int64_t size) { row.put(c, v * scale, size); });
+  }
+}
+
 template <class T>
 void backward(const EmbeddingGradient& g) {
   using A = acc_t<T>;
+  if (g.count <= kFewIds) {
+    if (g.ids_are_int32)
+      write_few<T, int32_t>(g);
+    else
+      write_few<T, int64_t>(g);
+    return;
+  }
   if (g.ids_are_int32)
     counting_sort(static_cast<const int32_t*>(g.ids), g.count, g.rows, g.starts, g.order);
   else

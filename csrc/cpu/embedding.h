@@ -13,7 +13,7 @@ struct EmbeddingGradient {
   int64_t padding_idx;  // a row without gradient, or -1
   bool scale_by_frequency;
   void* grad;       // (rows, features): every row is written
-  int64_t* starts;  // workspace, rows + 1
+  int64_t* starts;  // workspace, rows + 1; like the others not used for few ids
   int64_t* order;   // workspace, count
   int64_t* chunks;  // workspace, 2 * embedding_chunks(count)
   void* partial;    // workspace, embedding_chunks(count) * features acc
@@ -23,6 +23,9 @@ struct EmbeddingGradient {
 // Fixed: the result does not depend on the number of threads.
 constexpr int64_t kEmbeddingChunk = 256;
 inline int64_t embedding_chunks(int64_t count) { return 2 * (count / kEmbeddingChunk) + 1; }
+
+// So few ids are compared with each other instead of sorted.
+constexpr int64_t kFewIds = 128;
 
 struct EmbeddingKernels {
   // output[i] = weight[ids[i]], rows of row_bytes bytes.

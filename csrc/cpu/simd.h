@@ -156,7 +156,7 @@ FASTLLM_INLINE void store(T* p, vec<acc_t<T>> v) {
   }
 }
 
-// The first n < lanes items; the other lanes hold `fill`. Nothing beyond them is read.
+// The first n <= lanes items; the other lanes hold `fill`. Nothing beyond them is read.
 template <class T>
 FASTLLM_INLINE vec<acc_t<T>> load_partial(const T* p, int64_t n, acc_t<T> fill) {
 #if defined(__AVX512F__)
@@ -167,6 +167,13 @@ FASTLLM_INLINE vec<acc_t<T>> load_partial(const T* p, int64_t n, acc_t<T> fill) 
     const __m512i h = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(bits, p));
     const __m512 v = _mm512_castsi512_ps(_mm512_slli_epi32(h, 16));
     return reinterpret_cast<vec_f32>(_mm512_mask_blend_ps(bits, _mm512_set1_ps(fill), v));
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i bits = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
+    const __m256 v = _mm256_maskload_ps(p, bits);
+    return reinterpret_cast<vec_f32>(_mm256_blendv_ps(_mm256_set1_ps(fill), v, _mm256_castsi256_ps(bits)));
   }
 #endif
   T buffer[lanes<T>];
@@ -186,6 +193,27 @@ FASTLLM_INLINE void store_partial(T* p, vec<acc_t<T>> v, int64_t n) {
     return;
   } else if constexpr (std::is_same_v<T, bf16>) {
     _mm256_mask_storeu_epi16(p, bits, reinterpret_cast<__m256i>(to_bf16(v)));
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {  // by halves: a masked store takes tens of cycles on AMD's processors
+    const __m256 whole = reinterpret_cast<__m256>(v);
+    if (n == 8) {
+      _mm256_storeu_ps(p, whole);
+      return;
+    }
+    __m128 rest = _mm256_castps256_ps128(whole);
+    if (n & 4) {
+      _mm_storeu_ps(p, rest);
+      p += 4;
+      rest = _mm256_extractf128_ps(whole, 1);
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+      p += 2;
+      rest = _mm_movehl_ps(rest, rest);
+    }
+    if (n & 1) _mm_store_ss(p, rest);
     return;
   }
 #endif
@@ -243,31 +271,52 @@ FASTLLM_INLINE auto reduce_max(V v) {
 }
 
 // exp(x) for x <= 0 or barely above (a logit less its row's maximum or log-sum-exp), where nothing can overflow.
-// Relative error below one unit in the last place on [-87.3, 0]; 0 at -104 and below; NaN stays NaN.
+// Relative error below one unit in the last place on [-87.3, 0]; 0 at -104 and below, without AVX-512 at -87.7; NaN
+// stays NaN.
 //
-// x = n ln2 + r with |r| <= ln2/2 (ln2 in two parts); exp(r) = 1 + r + r^2 q(r), q of degree 4 fitted to least relative
-// error (3.6e-9); 2^n by the exponent field.
-FASTLLM_INLINE vec_f32 exp_nonpositive(vec_f32 x) {
-  const vec_f32 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+// x = n ln2 + r with |r| <= ln2/2 (ln2 in two parts); exp(r) = 1 + r (1 + r q(r)), q of degree 4 fitted to least
+// relative error (3.6e-9); 2^n by the exponent field.
+constexpr float kLowest = kVectorBytes == 64 ? -104.0f : -88.0f;  // -88: n = -127, whose exponent field is 0
+constexpr float kMagic = 12582912.0f + 127.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+
+// y 2^n, of shifted = n + kMagic.
+FASTLLM_INLINE vec_f32 times_power_of_two(vec_f32 y, vec_f32 n, vec_f32 shifted) {
 #if defined(__AVX512F__)
-  const vec_f32 clamped = max(splat(-104.0f), x);
+  return reinterpret_cast<vec_f32>(_mm512_scalef_ps(reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(n)));
 #else
-  const vec_f32 clamped = max(splat(-87.33654f), x);
+  return y * reinterpret_cast<vec_f32>(reinterpret_cast<vec_u32>(shifted) << 23);
 #endif
-  const vec_f32 shifted = clamped * 1.44269504f + magic;
-  const vec_f32 n = shifted - magic;
+}
+
+FASTLLM_INLINE vec_f32 exp_nonpositive(vec_f32 x) {
+  const vec_f32 clamped = max(splat(kLowest), x);
+  const vec_f32 shifted = clamped * 1.44269504f + kMagic;
+  const vec_f32 n = shifted - kMagic;
   const vec_f32 r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
   vec_f32 q = splat(1.3814539e-3f);
   q = q * r + 8.3687450e-3f;
   q = q * r + 4.1668390e-2f;
   q = q * r + 1.6666521e-1f;
   q = q * r + 4.9999994e-1f;
-  const vec_f32 y = (q * r) * r + r + 1.0f;
-#if defined(__AVX512F__)
-  return reinterpret_cast<vec_f32>(_mm512_scalef_ps(reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(n)));
+  q = q * r + 1.0f;
+  return times_power_of_two(q * r + 1.0f, n, shifted);
+}
+
+// The same to 2.8e-6 + 1.4e-8 |x|, for results that are rounded to 11 bits or fewer; exact at 0. With r = x / ln2 - n
+// (one rounding where the product is fused, so that only the constant's error grows with x), exp(x) = 2^n 2^r.
+FASTLLM_INLINE vec_f32 exp_nonpositive_coarse(vec_f32 x) {
+#if defined(__FMA__)
+  const vec_f32 clamped = max(splat(kLowest), x);
+  const vec_f32 shifted = clamped * 1.44269504f + kMagic;
+  const vec_f32 n = shifted - kMagic;
+  const vec_f32 r = clamped * 1.44269504f - n;
+  vec_f32 q = splat(9.5828073e-3f);
+  q = q * r + 5.5906899e-2f;
+  q = q * r + 2.4024102e-1f;
+  q = q * r + 6.9312412e-1f;
+  return times_power_of_two(q * r + 1.0f, n, shifted);
 #else
-  const vec_f32 scaled = y * reinterpret_cast<vec_f32>((reinterpret_cast<vec_i32>(shifted) << 23) + 0x3f800000);
-  return x < -87.33654f ? vec_f32{} : scaled;
+  return exp_nonpositive(x);
 #endif
 }
 
@@ -275,6 +324,40 @@ FASTLLM_INLINE vec_f64 exp_nonpositive(vec_f64 x) {
   vec_f64 y;
   for (int i = 0; i < lanes<double>; ++i) y[i] = std::exp(x[i]);
   return y;
+}
+
+// exp as precise as results of storage type T can show.
+template <class T>
+FASTLLM_INLINE vec<acc_t<T>> exp_of(vec<acc_t<T>> x) {
+  if constexpr (sizeof(T) == 2)
+    return exp_nonpositive_coarse(x);
+  else
+    return exp_nonpositive(x);
+}
+
+// Items 2i and 2i + 1 of bfloat16 in lane i of two vectors: a shift and a mask unpack them, where lanes in order cost a
+// shuffle each way. Where an instruction rounds to bfloat16 (its result is in order), this gains nothing.
+struct Pair {
+  vec_f32 even, odd;
+};
+template <class T>
+#if defined(__AVX512BF16__)
+constexpr bool in_pairs = false;
+#else
+constexpr bool in_pairs = std::is_same_v<T, bf16>;
+#endif
+
+FASTLLM_INLINE Pair load_pair(const bf16* p) {
+  vec_u32 bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return {reinterpret_cast<vec_f32>(bits << 16), reinterpret_cast<vec_f32>(bits & 0xffff0000u)};
+}
+
+// Rounded, both. A NaN must end in 16 zero bits, as those do that the processor makes or bfloat16 held.
+FASTLLM_INLINE vec_u32 pack_pair(Pair v) {
+  const vec_u32 even = reinterpret_cast<vec_u32>(v.even), odd = reinterpret_cast<vec_u32>(v.odd);
+  const vec_u32 low = (even + (((even >> 16) & 1u) + 0x7fffu)) >> 16;
+  return low | ((odd + (((odd >> 16) & 1u) + 0x7fffu)) & 0xffff0000u);
 }
 
 // A store past the caches, for lines that nothing reads again soon: it saves the read that an ordinary store begins
@@ -300,6 +383,10 @@ FASTLLM_INLINE void stream(T* p, vec<acc_t<T>> v) {
 #else
   store(p, v);
 #endif
+}
+
+FASTLLM_INLINE void stream_pair(bf16* p, vec_u32 v) {
+  stream(reinterpret_cast<float*>(p), reinterpret_cast<vec_f32>(v));
 }
 
 FASTLLM_INLINE void stream_fence() {

@@ -83,6 +83,21 @@ template <int N, class T>
 FASTLLM_DEVICE void store_vec_streaming(T* p, const Vec<T, N>& value) {
   __stcs(reinterpret_cast<Raw<Vec<T, N> >*>(p), reinterpret_cast<const Raw<Vec<T, N> >&>(value));
 }
+// To global memory and, what the compiler does not promise of store_vec, as one instruction: for results that the next
+// kernel reads.
+template <int N, class T>
+FASTLLM_DEVICE void store_vec_cached(T* p, const Vec<T, N>& value) {
+  const auto& raw = reinterpret_cast<const Raw<Vec<T, N> >&>(value);
+  if constexpr (sizeof(raw) == 16)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(raw.x), "r"(raw.y),
+                 "r"(raw.z), "r"(raw.w)
+                 : "memory");
+  else if constexpr (sizeof(raw) == 8)
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(raw.x), "r"(raw.y)
+                 : "memory");
+  else
+    *reinterpret_cast<Raw<Vec<T, N> >*>(p) = raw;
+}
 
 // The block's dynamic shared memory; kernels have no other.
 FASTLLM_DEVICE char* shared_memory() {
@@ -146,6 +161,7 @@ FASTLLM_DEVICE T shuffle_up(T value, int lanes) {
   return __shfl_up_sync(kFullWarp, value, lanes);
 }
 FASTLLM_DEVICE unsigned ballot(bool vote) { return __ballot_sync(kFullWarp, vote); }
+FASTLLM_DEVICE int count_bits(unsigned mask) { return __popc(mask); }
 
 // --- clusters of blocks (sm_90 and newer) -----------------------------------------------------------------------
 

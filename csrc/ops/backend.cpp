@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 namespace fastllm::backend {
@@ -23,22 +24,23 @@ bool is_plain(std::string_view name) {
 
 std::string plain_name(const c10::OperatorName& name) { return name.name.substr(name.name.find("::") + 2); }
 
-// The kernel of a backend for one device, if it has one.
-std::optional<c10::OperatorHandle> find(const char* space, const std::string& plain, c10::DispatchKey key) {
-  const auto handle = c10::Dispatcher::singleton().findSchema({space + ("::" + plain), ""});
-  return handle.has_value() && handle->hasKernelForDispatchKey(key) ? handle : std::nullopt;
-}
+// A plain operation as the backends declare it.
+struct Servers {
+  c10::OperatorHandle cuda, triton;
+};
+std::unordered_map<c10::OperatorHandle, Servers> servers;  // filled once, when the module is imported
 
 template <c10::DispatchKey key>
 void route(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-  const std::string plain = plain_name(op.operator_name());
+  const Servers& known = servers.at(op);
   const int64_t choice = current();
-  std::optional<c10::OperatorHandle> cuda, triton;
-  if (choice != kTriton) cuda = find("fastllm_cuda", plain, key);
-  if (choice != kCuda) triton = find("fastllm_triton", plain, key);
-  const auto& server = cuda.has_value() ? cuda : triton;
+  const c10::OperatorHandle* server = nullptr;
+  if (choice != kTriton && known.cuda.hasKernelForDispatchKey(key))
+    server = &known.cuda;
+  else if (choice != kCuda && known.triton.hasKernelForDispatchKey(key))
+    server = &known.triton;
   TORCH_CHECK_NOT_IMPLEMENTED(
-      server.has_value(), "fastllm::", plain, ": no ",
+      server != nullptr, op.operator_name().name, ": no ",
       choice == kCuda     ? "CUDA C++ kernel"
       : choice == kTriton ? "Triton kernel"
                           : "kernel",
@@ -72,6 +74,8 @@ void declare_namespaces() {
   auto& xpu = open(torch::Library::IMPL, "fastllm", c10::DispatchKey::XPU);
   for (const auto& schema : plain) {
     const std::string name = plain_name(schema.operator_name());
+    const auto handle = [&](const char* space) { return dispatcher.findSchemaOrThrow((space + name).c_str(), ""); };
+    servers.emplace(handle("fastllm::"), Servers{handle("fastllm_cuda::"), handle("fastllm_triton::")});
     cuda.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&route<c10::DispatchKey::CUDA>>());
     xpu.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&route<c10::DispatchKey::XPU>>());
   }

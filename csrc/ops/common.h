@@ -59,6 +59,16 @@ bool is_concrete(const Tensors&... tensors) {
   return !c10::impl::dispatch_mode_enabled() && (!at::isTensorSubclassLike(tensors) && ...);
 }
 
+// The number in a 0-dim tensor that holds one; on the CPU without a call through the dispatcher.
+inline double number_in(const Tensor& t) {
+  if (!t.is_cpu() || t.is_neg() || t._is_zerotensor()) return t.item<double>();
+  switch (t.scalar_type()) {
+    case at::kFloat: return *t.const_data_ptr<float>();
+    case at::kDouble: return *t.const_data_ptr<double>();
+    default: return t.item<double>();
+  }
+}
+
 // A gradient formed in forward, under the assumption that the incoming gradient is 1. The engine clones a gradient
 // that a node still holds, so it is moved out, unless the graph is kept for another backward.
 inline Tensor take_saved(AutogradContext* ctx, const char* name) {

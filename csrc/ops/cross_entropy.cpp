@@ -39,7 +39,7 @@ void backward_into(const Tensor& grad_output, const Tensor& logits, const Tensor
   if (reduction == kNone)
     rows.backward(logits, 0, softmax, grad, 1, grad_output.to(softmax.scalar_type()).contiguous());
   else
-    rows.backward(logits, 0, softmax, grad, grad_output.item<double>() / rows.divisor(), Tensor());
+    rows.backward(logits, 0, softmax, grad, number_in(grad_output) / rows.divisor(), Tensor());
 }
 
 Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -61,7 +61,7 @@ void backward_inplace_cpu(const Tensor& grad_output, const Tensor& input, const 
 // `grad` holds the gradient for an incoming gradient of 1: it is formed anew for another.
 void correct_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                  const Tensor& softmax, FASTLLM_CE_OPTIONS, const Tensor& grad) {
-  if (grad_output.item<double>() == 1.0) return;
+  if (number_in(grad_output) == 1.0) return;
   backward_into(grad_output, with_unit_stride(input), target, weight, softmax, reduction, ignore_index, label_smoothing,
                 lse_square_scale, softcap, grad);
 }
@@ -168,7 +168,7 @@ class Node : public torch::autograd::Function<Node> {
 // --- the operation ----------------------------------------------------------------------------------------------
 
 void check_shapes(const Tensor& input, const Tensor& target, bool probabilities) {
-  TORCH_CHECK_VALUE(input.dim() >= 1, "cross_entropy: input must have at least 1 dimension, got ", input.dim());
+  TORCH_CHECK_INDEX(input.dim() >= 1, "cross_entropy: input must have at least 1 dimension, got ", input.dim());
   TORCH_CHECK(input.device() == target.device(), "cross_entropy: target must be on input's device ", input.device(),
               ", got ", target.device());
   if (probabilities) return;
@@ -193,6 +193,8 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
   check_given("cross_entropy", "input", input);
   check_given("cross_entropy", "target", target);
   const bool probabilities = input.sym_sizes() == target.sym_sizes();
+  TORCH_CHECK(!probabilities || target.is_floating_point(),
+              "cross_entropy: target of class probabilities must be floating point, got ", target.scalar_type());
   check_shapes(input, target, probabilities);
   TORCH_CHECK_NOT_IMPLEMENTED(is_served_dtype(input.scalar_type()),
                               "cross_entropy: input must be float32, float64, bfloat16 or float16, got ",
@@ -201,11 +203,9 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
   Tensor x = input, y = target;
   OptionalTensor w = weight;
   if (probabilities) {
-    TORCH_CHECK(target.is_floating_point(), "cross_entropy: target of class probabilities must be floating point, got ",
-                target.scalar_type());
     TORCH_CHECK(ignore_index < 0, "cross_entropy: ignore_index is not supported for class probabilities, got ",
                 ignore_index);
-    const at::ScalarType dtype = at::result_type(input, target);
+    const at::ScalarType dtype = probability_dtype(input, target, weight);
     x = x.to(dtype);
     y = y.to(dtype);
     if (defined(weight)) w = weight->to(dtype);
@@ -213,7 +213,8 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
     y = checked_indices("cross_entropy", target);
   }
   check_class_weight("cross_entropy", w, x, classes);
-  TORCH_CHECK(!(requires_grad(w) && at::GradMode::is_enabled()),
+  const bool weight_gradient = requires_grad(w) && at::GradMode::is_enabled();
+  TORCH_CHECK(probabilities || !weight_gradient,
               "cross_entropy: weight must not require a gradient (pass weight.detach()), got one that does");
   // Rows of classes: (C) -> (1, C), (N, C, d1, ...) -> (N d1 ..., C).
   const bool spatial = input.dim() > 2;
@@ -221,11 +222,15 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
     x = x.unsqueeze(0);
     if (probabilities || y.dim() == 0) y = y.unsqueeze(0);
   } else if (spatial) {
-    x = x.movedim(1, -1).reshape_symint({-1, classes});
-    y = probabilities ? y.movedim(1, -1).reshape_symint({-1, classes}) : y.reshape({-1});
+    x = x.movedim(1, -1).flatten(0, -2);
+    y = probabilities ? y.movedim(1, -1).flatten(0, -2) : y.flatten();
   }
   Tensor output;
-  if (at::GradMode::is_enabled() && (x.requires_grad() || y.requires_grad())) {
+  if (probabilities && (weight_gradient || classes == 0)) {
+    // PyTorch differentiates by the weights here, but not with class indices.
+    output = cross_entropy_definition(
+        x, y, w, {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)});
+  } else if (at::GradMode::is_enabled() && (x.requires_grad() || y.requires_grad())) {
     // In place only over rows that a kernel can walk: other layouts get a copy of their own to overwrite.
     const bool overwrite = inplace_backward && is_concrete(x);
     if (overwrite && !with_unit_stride(x).is_same(x)) x = x.contiguous();

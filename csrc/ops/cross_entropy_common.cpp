@@ -58,9 +58,17 @@ void check_class_weight(const char* op, const OptionalTensor& weight, const Tens
               weight->device());
 }
 
+at::ScalarType probability_dtype(const Tensor& input, const Tensor& target, const OptionalTensor& weight) {
+  const at::ScalarType dtype = at::promote_types(input.scalar_type(), target.scalar_type());
+  return defined(weight) && weight->is_floating_point() ? at::promote_types(dtype, weight->scalar_type()) : dtype;
+}
+
 RowLoss::RowLoss(const char* op, at::ScalarType dtype, int64_t classes, const Tensor& target,
                  const OptionalTensor& weight, const CrossEntropyOptions& options)
     : options_(options), classes_(classes), probabilities_(target.is_floating_point()), target_(target.contiguous()) {
+  // Probabilities of no class have no memory, and the kernel takes a null pointer for class indices.
+  TORCH_CHECK_VALUE(classes > 0 || !probabilities_, op, ": class probabilities must be of at least one class, got ",
+                    target.sizes());
   const at::ScalarType acc = acc_dtype(dtype);
   dtype_ = dtype == at::kFloat      ? DType::kF32
            : dtype == at::kDouble   ? DType::kF64
@@ -79,8 +87,21 @@ RowLoss::RowLoss(const char* op, at::ScalarType dtype, int64_t classes, const Te
                       ", got ", target_.view(-1)[bad < 0 ? 0 : bad].item<int64_t>(), " at position ", bad);
   }
   if (options.reduction == kMean) divisor_ = counted;
-  const int64_t size = cpu::cross_entropy_scratch(classes) * num_threads();
-  scratch_ = at::empty({size}, at::TensorOptions().dtype(acc));
+}
+
+bool RowLoss::is_skinny() const {
+  return (dtype_ == DType::kF32 || dtype_ == DType::kF64) && !probabilities_ && options_.label_smoothing == 0 &&
+         options_.lse_square_scale == 0 && options_.softcap == 0;
+}
+
+void RowLoss::describe(cpu::SkinnyLoss* loss) const {
+  loss->dtype = dtype_;
+  loss->rows = target_.size(0);
+  loss->classes = classes_;
+  loss->target = data(target_);
+  loss->target_is_int32 = target_.scalar_type() == at::kInt;
+  loss->ignore_index = options_.ignore_index;
+  loss->class_weight = weight_.defined() ? data(weight_) : nullptr;
 }
 
 cpu::CrossEntropyRows RowLoss::rows(const Tensor& logits, int64_t first, const Tensor& softmax, const Tensor& grad,
@@ -114,6 +135,10 @@ cpu::CrossEntropyRows RowLoss::rows(const Tensor& logits, int64_t first, const T
   }
   r.scale = scale;
   r.row_scale = row_scale.defined() ? data(row_scale) : nullptr;
+  if (!scratch_.defined()) {
+    const auto acc = dtype_ == DType::kF64 ? at::kDouble : at::kFloat;
+    scratch_ = at::empty({cpu::cross_entropy_scratch(classes_) * num_threads()}, at::TensorOptions().dtype(acc));
+  }
   r.scratch = scratch_.mutable_data_ptr();
   return r;
 }
@@ -137,7 +162,10 @@ Tensor RowLoss::reduced(const Tensor& loss, at::ScalarType dtype) const {
     const scalar_t* rows = loss.const_data_ptr<scalar_t>();
     for (int64_t i = 0; i < loss.numel(); ++i) sum += rows[i];
   });
-  return at::full({}, sum / divisor_, at::TensorOptions().dtype(dtype));
+  if (dtype != at::kFloat) return at::full({}, sum / divisor_, at::TensorOptions().dtype(dtype));
+  const Tensor result = pool::empty({}, dtype);
+  *result.mutable_data_ptr<float>() = static_cast<float>(sum / divisor_);
+  return result;
 }
 
 }  // namespace fastllm

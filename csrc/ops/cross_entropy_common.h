@@ -1,6 +1,7 @@
 // What cross_entropy and linear_cross_entropy share: options, argument checks, the definition, the call of the kernel.
 #pragma once
 #include "../cpu/cross_entropy.h"
+#include "../cpu/linear_cross_entropy.h"
 #include "../cpu/parallel.h"
 #include "common.h"
 
@@ -25,6 +26,9 @@ at::Tensor checked_indices(const char* op, const at::Tensor& target);
 void check_class_weight(const char* op, const OptionalTensor& weight, const at::Tensor& like,
                         const c10::SymInt& classes);
 
+// The dtype of a loss with class probabilities: PyTorch multiplies logits, probabilities and weights, and promotes.
+at::ScalarType probability_dtype(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight);
+
 // A loss over rows, prepared on the CPU: targets checked (IndexError), divisor and weights known.
 class RowLoss {
  public:
@@ -40,6 +44,10 @@ class RowLoss {
   void backward(const at::Tensor& logits, int64_t first, const at::Tensor& softmax, const at::Tensor& grad,
                 double scale, const at::Tensor& row_scale) const;
 
+  // Whether the loss is that of the kernel for few features, and its part of that kernel's arguments.
+  bool is_skinny() const;
+  void describe(cpu::SkinnyLoss* loss) const;
+
   // 1 for `sum` and `none`; for `mean` the count of rows or the sum of their weights.
   double divisor() const { return divisor_; }
   // The reduced loss as a 0-dim tensor of `dtype`, or for `none` the rows' losses.
@@ -53,7 +61,8 @@ class RowLoss {
   DType dtype_;
   int64_t classes_;
   bool probabilities_;
-  at::Tensor target_, weight_, scratch_;
+  at::Tensor target_, weight_;
+  mutable at::Tensor scratch_;  // made when a row kernel first needs it
   double weight_sum_, divisor_ = 1;
 };
 

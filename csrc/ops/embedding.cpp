@@ -33,9 +33,6 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, int64_t rows
   const int64_t count = ids.numel(), features = from.size(-1), chunks = cpu::embedding_chunks(count);
   const Tensor grad = pool::empty({rows, features}, from.scalar_type());
   if (grad.numel() == 0) return grad;
-  const Tensor work = pool::empty({rows + 1 + count + 2 * chunks}, at::kLong);
-  const Tensor partial = pool::empty({chunks * features}, acc_dtype(from.scalar_type()));
-  int64_t* numbers = work.mutable_data_ptr<int64_t>();
   cpu::EmbeddingGradient g{};
   g.dtype = dtype_tag(from);
   g.grad_output = data(from);
@@ -47,10 +44,15 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, int64_t rows
   g.padding_idx = padding_idx;
   g.scale_by_frequency = scale_grad_by_freq;
   g.grad = grad.mutable_data_ptr();
-  g.starts = numbers;
-  g.order = numbers + rows + 1;
-  g.chunks = numbers + rows + 1 + count;
-  g.partial = partial.mutable_data_ptr();
+  Tensor work, partial;
+  if (count > cpu::kFewIds) {
+    work = pool::empty({rows + 1 + count + 2 * chunks}, at::kLong);
+    partial = pool::empty({chunks * features}, acc_dtype(from.scalar_type()));
+    g.starts = work.mutable_data_ptr<int64_t>();
+    g.order = g.starts + rows + 1;
+    g.chunks = g.order + count;
+    g.partial = partial.mutable_data_ptr();
+  }
   cpu::embedding().backward(g);
   return grad;
 }
@@ -80,7 +82,8 @@ class Node : public torch::autograd::Function<Node> {
     backend::save(ctx);
     ctx->save_for_backward({input});
     ctx->saved_data["rows"] = weight.sym_size(0);
-    ctx->saved_data["options"] = std::vector<int64_t>{padding_idx, scale_grad_by_freq, sparse};
+    ctx->saved_data["padding_idx"] = padding_idx;
+    ctx->saved_data["options"] = int64_t{scale_grad_by_freq} | int64_t{sparse} << 1;
     return call_forward(weight, input);
   }
 
@@ -88,9 +91,8 @@ class Node : public torch::autograd::Function<Node> {
     const backend::Restored restored(ctx);
     const Tensor ids = ctx->get_saved_variables()[0];
     const c10::SymInt rows = ctx->saved_data["rows"].toSymInt();
-    const auto options = ctx->saved_data["options"].toIntList();
-    const int64_t padding_idx = options[0];
-    const bool by_frequency = options[1] != 0, sparse = options[2] != 0;
+    const int64_t padding_idx = ctx->saved_data["padding_idx"].toInt(), options = ctx->saved_data["options"].toInt();
+    const bool by_frequency = (options & 1) != 0, sparse = (options & 2) != 0;
     variable_list grads(5);
     if (at::GradMode::is_enabled() || sparse) {
       // Differentiable again, or sparse: PyTorch's own gradient. Its second derivative forgets the division by

@@ -1,12 +1,16 @@
 // PyTorch sends float32 products to MKL, which on processors not made by Intel leaves half of the machine unused
 // (measured on a two-core AMD Zen 5 machine, 2048 x 768 x 50257: MKL 190 to 230 GFLOP/s, oneDNN 380 to 475). oneDNN is
 // in the same PyTorch; on Intel the two are level and MKL stays.
+//
+// Where the processor has no instructions for it, PyTorch multiplies bfloat16 and float16 matrices without a library: 1
+// GFLOP/s on a Zen 3, a hundredth of float32. There operands are copied to float32 first, which also rounds but once.
 #include "gemm.h"
 
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
 
 #include "../cpu/isa.h"
+#include "pool.h"
 
 // Exported by libtorch_cpu, declared in no installed header. Weak: absent from a PyTorch built without it.
 namespace at::native {
@@ -34,17 +38,40 @@ bool onednn_serves_float32() {
 
 // Below this many multiply-adds the library's set-up costs more than its speed returns.
 constexpr int64_t kSmallProduct = int64_t{1} << 21;
+// Below this many, copies cost more than a product without a library.
+constexpr int64_t kSmallConversion = int64_t{1} << 14;
 
 // oneDNN copies operands of any other layout first.
 bool is_plain(const at::Tensor& t) { return t.is_contiguous() || t.t().is_contiguous(); }
+
+bool multiplies_without_library(at::ScalarType dtype) {
+#ifdef FASTLLM_X86
+  static const bool serves_float16 = __builtin_cpu_supports("avx512fp16");
+  return (dtype == at::kBFloat16 && !onednn_serves_bf16()) || (dtype == at::kHalf && !serves_float16);
+#else
+  return false;
+#endif
+}
+
+// A float32 copy in the memory order of `t`.
+at::Tensor widened(const at::Tensor& t) {
+  const bool turned = !t.is_contiguous() && t.t().is_contiguous();
+  const at::Tensor rows = turned ? t.t() : t;
+  const at::Tensor copy = pool::empty(rows.sizes(), at::kFloat).copy_(rows);
+  return turned ? copy.t() : copy;
+}
 
 }  // namespace
 
 void gemm_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double beta) {
   at::Tensor result = out;
   const int64_t work = a.size(0) * a.size(1) * b.size(1);
-  if (out.scalar_type() == at::kFloat && work >= kSmallProduct && out.is_contiguous() && is_plain(a) && is_plain(b) &&
-      onednn_serves_float32()) {
+  if (work >= kSmallConversion && multiplies_without_library(out.scalar_type())) {
+    const at::Tensor sums = beta == 0 ? pool::empty(out.sizes(), at::kFloat) : widened(out);
+    gemm_out(sums, widened(a), widened(b), beta);
+    result.copy_(sums);
+  } else if (out.scalar_type() == at::kFloat && work >= kSmallProduct && out.is_contiguous() && is_plain(a) &&
+             is_plain(b) && onednn_serves_float32()) {
     at::native::mkldnn_matmul(a, b, result, static_cast<float>(beta), 1.0f);
   } else if (beta == 0) {
     at::mm_out(result, a, b);

@@ -1,5 +1,7 @@
 #include "linear_common.h"
 
+#include <ATen/ExpandUtils.h>
+
 #include "../cpu/linear_relu.h"
 #include "gemm.h"
 
@@ -31,6 +33,14 @@ void check_linear(const char* op, const char* input_name, const Tensor& input, c
               input.device(), ", got ", bias->device());
 }
 
+bool broadcasts_bias(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  if (!defined(bias) || !weight.defined() || !input.defined() || weight.dim() != 2 || input.dim() == 0) return false;
+  if (bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0)) return false;
+  std::vector<c10::SymInt> output = input.sym_sizes().vec();
+  output.back() = weight.sym_size(0);
+  return at::is_expandable_to(bias->sym_sizes(), output);
+}
+
 namespace {
 
 // oneDNN adds the bias to the float32 sums of a bfloat16 product, before the only rounding. (Its ReLU makes 0 of NaN.)
@@ -44,16 +54,26 @@ OptionalTensor try_onednn_bf16(const Tensor& input, const Tensor& weight, const 
 
 }  // namespace
 
-bool try_small_product(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& bias, bool relu,
-                       const Tensor& column_sums) {
+namespace {
+
+// A matrix or, `turned`, its transpose, without the view that would say so.
+struct Operand {
+  const Tensor& matrix;
+  bool turned;
+  int64_t size(int64_t d) const { return matrix.size(turned ? 1 - d : d); }
+  int64_t stride(int64_t d) const { return matrix.stride(turned ? 1 - d : d); }
+};
+
+bool run_small(const Tensor& c, Operand a, Operand b, const Tensor& bias, bool relu, const Tensor& column_sums) {
   const bool turned = b.size(1) > 1 && b.stride(1) != 1;
   if (!cpu::is_small_product(a.size(0), a.size(1), b.size(1), turned)) return false;
+  if (a.size(1) == 0 || c.numel() == 0) return false;  // the kernel visits no row: column_sums would stay as they are
   cpu::SmallProduct s{};
-  s.dtype = dtype_tag(a);
-  s.a = data(a);
+  s.dtype = dtype_tag(a.matrix);
+  s.a = data(a.matrix);
   s.a_row = a.stride(0);
   s.a_inner = a.stride(1);
-  s.b = data(b);
+  s.b = data(b.matrix);
   s.b_inner = b.stride(0);
   s.b_column = turned ? b.stride(1) : 1;
   s.bias = bias.defined() ? data(bias) : nullptr;
@@ -65,15 +85,20 @@ bool try_small_product(const Tensor& c, const Tensor& a, const Tensor& b, const 
   s.rows = a.size(0);
   s.inner = a.size(1);
   s.columns = b.size(1);
-  if (s.inner == 0) return false;
   cpu::linear_relu().small_product(s);
   return true;
+}
+
+}  // namespace
+
+bool try_small_product(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& bias, bool relu,
+                       const Tensor& column_sums) {
+  return run_small(c, {a, false}, {b, false}, bias, relu, column_sums);
 }
 
 Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
   const int64_t rows = input.size(0), columns = weight.size(0);
   const Tensor b = defined(bias) ? bias->contiguous() : Tensor();
-  const Tensor turned = weight.t();
   const DType dtype = dtype_tag(input);
   const auto& kernels = cpu::linear_relu();
   if (!cpu::is_small_product(rows, input.size(1), columns, true)) {
@@ -83,13 +108,13 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTenso
     }
   }
   const Tensor y = pool::empty({rows, columns}, input.scalar_type());
-  if (y.numel() == 0 || try_small_product(y, input, turned, b, relu)) return y;
+  if (y.numel() == 0 || run_small(y, {input, false}, {weight, true}, b, relu, Tensor())) return y;
   // float32 and float64 add the bias in the pass that takes the ReLU. bfloat16 and float16 would round before it: there
   // the product is added to rows that hold the bias already. Without ReLU that saves the pass, whatever the dtype.
   const bool late_bias = relu && (dtype == DType::kF32 || dtype == DType::kF64);
   const bool early_bias = b.defined() && !late_bias;
   if (early_bias) kernels.fill_rows(dtype, y.mutable_data_ptr(), data(b), rows, columns);
-  gemm_out(y, input, turned, early_bias ? 1 : 0);
+  gemm_out(y, input, weight.t(), early_bias ? 1 : 0);
   if (relu) kernels.bias_relu(dtype, y.mutable_data_ptr(), b.defined() && late_bias ? data(b) : nullptr, rows, columns);
   return y;
 }
@@ -104,13 +129,13 @@ MaskedGradient mask_gradient(const Tensor& dy, const OptionalTensor& y, bool nee
   const int64_t blocks = cpu::column_blocks(rows);
   const DType dtype = dtype_tag(from);
   Tensor partial;
-  if (need_bias) partial = at::empty({blocks, columns}, from.options().dtype(acc_dtype(from.scalar_type())));
+  if (need_bias) partial = pool::empty({blocks, columns}, acc_dtype(from.scalar_type()));
   const Tensor output = masked ? y->contiguous() : Tensor();
   cpu::linear_relu().mask(dtype, data(from), masked ? data(output) : nullptr,
                           masked ? result.dz.mutable_data_ptr() : nullptr, rows, columns,
                           need_bias ? partial.mutable_data_ptr() : nullptr);
   if (need_bias) {
-    result.bias = at::empty({columns}, from.options());
+    result.bias = pool::empty({columns}, from.scalar_type());
     cpu::linear_relu().finish_sums(dtype, data(partial), blocks, columns, result.bias.mutable_data_ptr());
   }
   return result;
@@ -120,6 +145,13 @@ Tensor product(const Tensor& a, const Tensor& b) {
   const Tensor out = pool::empty({a.size(0), b.size(1)}, a.scalar_type());
   if (out.numel() == 0 || try_small_product(out, a, b, Tensor(), false)) return out;
   gemm_out(out, a, b);
+  return out;
+}
+
+Tensor product_of_turned(const Tensor& a, const Tensor& b) {
+  const Tensor out = pool::empty({a.size(1), b.size(1)}, a.scalar_type());
+  if (out.numel() == 0 || run_small(out, {a, true}, {b, false}, Tensor(), false, Tensor())) return out;
+  gemm_out(out, a.t(), b);
   return out;
 }
 

@@ -9,6 +9,9 @@ namespace fastllm {
 void check_linear(const char* op, const char* input_name, const Tensor& input, const char* weight_name,
                   const Tensor& weight, const char* bias_name, const OptionalTensor& bias);
 
+// Whether PyTorch's linear would expand the bias to its output: any other shape than one number for each feature.
+bool broadcasts_bias(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+
 // input (M, K), weight (N, K): input weight^T + bias, and its ReLU where asked; rounded once.
 Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu);
 
@@ -23,8 +26,9 @@ struct MaskedGradient {
 };
 MaskedGradient mask_gradient(const Tensor& dy, const OptionalTensor& y, bool need_bias, bool in_place);
 
-// a b into pooled memory.
+// a b, and a^T b, into pooled memory.
 Tensor product(const Tensor& a, const Tensor& b);
+Tensor product_of_turned(const Tensor& a, const Tensor& b);
 
 // input as (rows, features): a view where its layout allows one.
 Tensor as_rows(const Tensor& input);

@@ -4,7 +4,8 @@
 // them into their gradient where they stand, and two more products take that gradient to input and linear_weight: three
 // products, and nothing of size N x V in memory. The gradient of linear_weight is summed over chunks in float32.
 //
-// Chunks are large: each streams linear_weight, and its gradient, once more from memory.
+// Chunks are large: each streams linear_weight, and its gradient, once more from memory. A layer of few features has a
+// kernel of its own (csrc/cpu/linear_cross_entropy.cpp).
 #include <ATen/autocast_mode.h>
 
 #include <algorithm>
@@ -14,6 +15,8 @@
 #include "cross_entropy_common.h"
 #include "gemm.h"
 #include "linear_common.h"
+
+FASTLLM_DEFINE_DISPATCH(LinearCrossEntropyKernels, linear_cross_entropy)
 
 namespace fastllm {
 namespace {
@@ -75,6 +78,39 @@ class Walk {
   const RowLoss& rows() const { return rows_; }
 
   Gradients run(const Tensor& loss, double scale, const Tensor& row_scale) {
+    if (input_.numel() > 0 && rows_.is_skinny() && cpu::is_skinny_loss(weight_.size(1), weight_.size(0)))
+      return run_skinny(loss, scale, row_scale);
+    return run_chunks(loss, scale, row_scale);
+  }
+
+ private:
+  Gradients run_skinny(const Tensor& loss, double scale, const Tensor& row_scale) const {
+    const auto dtype = input_.scalar_type();
+    Gradients g;
+    cpu::SkinnyLoss s{};
+    rows_.describe(&s);
+    s.features = input_.size(1);
+    s.input = data(input_);
+    s.weight = data(weight_);
+    s.bias = bias_.defined() ? data(bias_) : nullptr;
+    s.loss = loss.mutable_data_ptr();
+    s.scale = scale;
+    s.row_scale = row_scale.defined() ? data(row_scale) : nullptr;
+    const auto result = [&](bool need, const Tensor& like, Tensor* grad) -> void* {
+      if (!need) return nullptr;
+      *grad = pool::empty(like.sizes(), dtype);
+      return grad->mutable_data_ptr();
+    };
+    s.grad_input = result(needs_.input, input_, &g.input);
+    s.grad_weight = result(needs_.weight, weight_, &g.weight);
+    s.grad_bias = result(needs_.bias, bias_, &g.bias);
+    const Tensor workspace = pool::empty({cpu::linear_cross_entropy().workspace(s)}, dtype);
+    s.workspace = workspace.mutable_data_ptr();
+    cpu::linear_cross_entropy().run(s);
+    return g;
+  }
+
+  Gradients run_chunks(const Tensor& loss, double scale, const Tensor& row_scale) {
     const int64_t n = input_.size(0), classes = weight_.size(0), features = weight_.size(1);
     const auto dtype = input_.scalar_type();
     const int64_t item = static_cast<int64_t>(input_.element_size());
@@ -86,7 +122,7 @@ class Walk {
     Gradients g;
     if (needs_.input) g.input = pool::empty(input_.sizes(), dtype);
     const Tensor logits = pool::empty({chunk, classes}, dtype);
-    const Tensor softmax = at::empty({2, chunk}, loss.options());
+    const Tensor softmax = pool::empty({2, chunk}, loss.scalar_type());
     if (needs_.bias) bias_sums_ = pool::empty({n / cpu::kColumnBlock + n / (chunk + 1) + 2, classes}, acc_dtype(dtype));
     for (int64_t first = 0; first < n; first += chunk) {
       const Tensor x = part(input_, first), z = whole ? logits : logits.narrow(0, 0, x.size(0));
@@ -103,7 +139,6 @@ class Walk {
     return g;
   }
 
- private:
   static void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
     if (out.numel() > 0 && !try_small_product(out, a, b, Tensor(), false)) gemm_out(out, a, b);
   }
@@ -183,12 +218,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& input, cons
                                                        bool need_input, bool need_weight, bool need_bias) {
   const auto options =
       checked_options("linear_cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
-  const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
-  const Tensor loss = at::empty({input.size(0)}, acc);
+  const Tensor loss = pool::empty({input.size(0)}, acc_dtype(input.scalar_type()));
   Walk walk(input, linear_weight, target, linear_bias, weight, options, {need_input, need_weight, need_bias});
   const Gradients g = walk.run(loss, 1 / walk.rows().divisor(), Tensor());
-  const auto or_none = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, input.options()); };
-  return {walk.rows().reduced(loss, acc.dtype().toScalarType()), or_none(g.input), or_none(g.weight), or_none(g.bias)};
+  const auto or_none = [&](const Tensor& t) { return t.defined() ? t : pool::empty({0}, input.scalar_type()); };
+  return {walk.rows().reduced(loss, loss.scalar_type()), or_none(g.input), or_none(g.weight), or_none(g.bias)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& input,
@@ -198,13 +232,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const
                                                 bool need_bias) {
   const auto options =
       checked_options("linear_cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
-  const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
-  const Tensor loss = at::empty({input.size(0)}, acc);
+  const Tensor loss = pool::empty({input.size(0)}, acc_dtype(input.scalar_type()));
   Walk walk(input, linear_weight, target, linear_bias, weight, options, {need_input, need_weight, need_bias});
   const bool by_row = reduction == kNone;
-  const Gradients g = walk.run(loss, by_row ? 1 : grad_output.item<double>() / walk.rows().divisor(),
-                               by_row ? grad_output.to(acc.dtype()).contiguous() : Tensor());
-  const auto or_none = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, input.options()); };
+  const Gradients g = walk.run(loss, by_row ? 1 : number_in(grad_output) / walk.rows().divisor(),
+                               by_row ? grad_output.to(loss.scalar_type()).contiguous() : Tensor());
+  const auto or_none = [&](const Tensor& t) { return t.defined() ? t : pool::empty({0}, input.scalar_type()); };
   return {or_none(g.input), or_none(g.weight), or_none(g.bias)};
 }
 
@@ -235,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_meta(const Tensor& grad_output, cons
 }
 
 void scale_cpu(const Tensor& grad_output, const Tensor& grad) {
-  if (grad_output.item<double>() != 1.0) grad.mul_(grad_output);
+  if (number_in(grad_output) != 1.0) grad.mul_(grad_output);
 }
 
 void scale_meta(const Tensor& grad_output, const Tensor& grad) {}
@@ -270,9 +303,11 @@ class Node : public torch::autograd::Function<Node> {
         forward_op().call(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
                           lse_square_scale, softcap, early && need_input, early && need_weight, early && need_bias);
     ctx->save_for_backward({input, linear_weight, target, linear_bias.value_or(Tensor()), weight.value_or(Tensor())});
-    ctx->saved_data["integers"] =
-        std::vector<int64_t>{reduction, ignore_index, early, need_input, need_weight, need_bias};
-    ctx->saved_data["numbers"] = std::vector<double>{label_smoothing, lse_square_scale, softcap.value_or(0)};
+    // One integer, and the rest only where it is not the default: an entry costs as much as a small tensor.
+    ctx->saved_data["options"] = reduction | early << 2 | need_input << 3 | need_weight << 4 | need_bias << 5;
+    if (ignore_index != -100) ctx->saved_data["ignore_index"] = ignore_index;
+    if (label_smoothing != 0 || lse_square_scale != 0 || softcap.has_value())
+      ctx->saved_data["numbers"] = std::vector<double>{label_smoothing, lse_square_scale, softcap.value_or(0)};
     if (early && need_input) ctx->saved_data["grad_input"] = gi;
     if (early && need_weight) ctx->saved_data["grad_weight"] = gw;
     if (early && need_bias) ctx->saved_data["grad_bias"] = gb;
@@ -282,11 +317,16 @@ class Node : public torch::autograd::Function<Node> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const backend::Restored restored(ctx);
     const variable_list saved = ctx->get_saved_variables();
-    const auto integers = ctx->saved_data["integers"].toIntList();
-    const auto numbers = ctx->saved_data["numbers"].toDoubleList();
-    const CrossEntropyOptions o{integers[0], integers[1], numbers[0], numbers[1], numbers[2]};
-    const bool early = integers[2] != 0, need_input = integers[3] != 0, need_weight = integers[4] != 0,
-               need_bias = integers[5] != 0;
+    const int64_t options = ctx->saved_data["options"].toInt();
+    CrossEntropyOptions o{options & 3, -100, 0, 0, 0};
+    if (const auto found = ctx->saved_data.find("ignore_index"); found != ctx->saved_data.end())
+      o.ignore_index = found->second.toInt();
+    if (const auto found = ctx->saved_data.find("numbers"); found != ctx->saved_data.end()) {
+      const auto numbers = found->second.toDoubleList();
+      o.label_smoothing = numbers[0], o.lse_square_scale = numbers[1], o.softcap = numbers[2];
+    }
+    const bool early = (options & 4) != 0, need_input = (options & 8) != 0, need_weight = (options & 16) != 0,
+               need_bias = (options & 32) != 0;
     const OptionalTensor bias = saved[3].defined() ? OptionalTensor(saved[3]) : std::nullopt;
     const OptionalTensor weight = saved[4].defined() ? OptionalTensor(saved[4]) : std::nullopt;
     const Tensor& g = grad_outputs[0];
@@ -322,6 +362,7 @@ class Node : public torch::autograd::Function<Node> {
   static Tensor scaled(AutogradContext* ctx, const char* name, const Tensor& g) {
     if (!is_concrete(g)) return (ctx->saved_data[name].toTensor() * g).to(ctx->saved_data[name].toTensor().dtype());
     const Tensor grad = take_saved(ctx, name);
+    if (g.is_cpu() && number_in(g) == 1.0) return grad;
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fastllm::linear_cross_entropy_scale_", "")
                                .typed<decltype(scale_cpu)>();
@@ -350,29 +391,36 @@ Tensor linear_cross_entropy(const Tensor& input, const Tensor& linear_weight, co
   TORCH_CHECK(target.device() == input.device(), op, ": target must be on input's device ", input.device(), ", got ",
               target.device());
   Tensor y = single ? target.unsqueeze(0) : target;
+  OptionalTensor w = weight;
   if (probabilities) {
     TORCH_CHECK(target.is_floating_point(), op, ": target of class probabilities must be floating point, got ",
                 target.scalar_type());
     y = y.to(x.scalar_type());
+    if (defined(weight)) w = weight->to(x.scalar_type());
   } else {
-    TORCH_CHECK_VALUE(y.dim() == 0 || y.sym_size(0) == x.sym_size(0), op, ": target must have input's batch size ",
+    if (single && target.dim() == 1) y = target;
+    TORCH_CHECK_VALUE(y.dim() > 0 && y.sym_size(0) == x.sym_size(0), op, ": target must have input's batch size ",
                       x.sym_size(0), ", got ", target.sym_sizes());
     TORCH_CHECK(y.dim() == 1, op, ": target must be of shape (", x.sym_size(0),
                 ",) or hold class probabilities of shape (", x.sym_size(0), ", ", classes, "), got ",
                 target.sym_sizes());
     y = checked_indices(op, y);
   }
-  check_class_weight(op, weight, x, classes);
-  TORCH_CHECK(!(requires_grad(weight) && at::GradMode::is_enabled()), op,
+  check_class_weight(op, w, x, classes);
+  const bool weight_gradient = requires_grad(w) && at::GradMode::is_enabled();
+  TORCH_CHECK(probabilities || !weight_gradient, op,
               ": weight must not require a gradient (pass weight.detach()), got one that does");
   Tensor output;
-  if (at::GradMode::is_enabled() &&
-      (x.requires_grad() || linear_weight.requires_grad() || requires_grad(linear_bias) || y.requires_grad())) {
-    output = Node::apply(x, linear_weight, y, linear_bias, weight, reduction, ignore_index, label_smoothing,
+  if (probabilities && (weight_gradient || classes == 0)) {
+    output = definition({x, linear_weight, y, linear_bias.value_or(Tensor())}, w,
+                        {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)});
+  } else if (at::GradMode::is_enabled() &&
+             (x.requires_grad() || linear_weight.requires_grad() || requires_grad(linear_bias) || y.requires_grad())) {
+    output = Node::apply(x, linear_weight, y, linear_bias, w, reduction, ignore_index, label_smoothing,
                          lse_square_scale, softcap);
   } else {
     at::AutoDispatchBelowADInplaceOrView below;
-    output = std::get<0>(forward_op().call(x, linear_weight, y, linear_bias, weight, reduction, ignore_index,
+    output = std::get<0>(forward_op().call(x, linear_weight, y, linear_bias, w, reduction, ignore_index,
                                            label_smoothing, lse_square_scale, softcap, false, false, false));
   }
   return single && reduction == kNone ? output.squeeze(0) : output;
@@ -391,11 +439,14 @@ Tensor linear_cross_entropy_autocast(const Tensor& input, const Tensor& linear_w
                               ignore_index, label_smoothing, lse_square_scale, softcap);
 }
 
-Tensor in_input_dtype(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                      const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
-  return linear_cross_entropy(input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
-                              label_smoothing, lse_square_scale, softcap)
-      .to(input.scalar_type());
+// The loss in the dtype that PyTorch gives it: input's, or what input, probabilities and weight are promoted to.
+Tensor in_loss_dtype(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+                     const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
+  const Tensor loss = linear_cross_entropy(input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+                                           label_smoothing, lse_square_scale, softcap);
+  const at::ScalarType dtype =
+      target.is_floating_point() ? probability_dtype(input, target, weight) : input.scalar_type();
+  return loss.scalar_type() == dtype ? loss : loss.to(dtype);
 }
 
 TORCH_LIBRARY_FRAGMENT(fastllm, m) {
@@ -415,9 +466,9 @@ TORCH_LIBRARY_FRAGMENT(fastllm, m) {
       "Tensor grad_bias)");
   m.def("linear_cross_entropy_scale_(Tensor grad_output, Tensor(a!) grad) -> ()");
 }
-TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("linear_cross_entropy", in_input_dtype); }
+TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("linear_cross_entropy", in_loss_dtype); }
 TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
-  m.impl("linear_cross_entropy", in_input_dtype);
+  m.impl("linear_cross_entropy", in_loss_dtype);
   m.impl("linear_cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("linear_cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("linear_cross_entropy_scale_", torch::autograd::autogradNotImplementedFallback());

@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const
                                                 const Tensor& weight, bool need_input, bool need_weight,
                                                 bool need_bias) {
   const MaskedGradient g = mask_gradient(grad_output, output, need_bias, false);
-  const auto none = [&] { return at::empty({0}, input.options()); };
-  return {need_input ? product(g.dz, weight) : none(), need_weight ? product(g.dz.t(), input) : none(),
+  const auto none = [&] { return pool::empty({0}, input.scalar_type()); };
+  return {need_input ? product(g.dz, weight) : none(), need_weight ? product_of_turned(g.dz, input) : none(),
           need_bias ? g.bias : none()};
 }
 
@@ -81,7 +81,8 @@ class Node : public torch::autograd::Function<Node> {
 
 Tensor linear_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   check_given("linear_relu", "weight", weight);
-  if (weight.dim() == 1) return definition(input, weight, bias);  // one feature without a dimension: PyTorch's
+  // One feature without a dimension, or a bias to be expanded: PyTorch's.
+  if (weight.dim() == 1 || broadcasts_bias(input, weight, bias)) return definition(input, weight, bias);
   check_linear("linear_relu", "input", input, "weight", weight, "bias", bias);
   const Tensor rows = as_rows(input);
   Tensor output;

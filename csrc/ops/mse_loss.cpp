@@ -69,7 +69,7 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor
 // `grad` holds the gradient for an incoming gradient of 1: it is formed anew for another.
 void correct_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                  int64_t reduction, const Tensor& grad) {
-  if (grad_output.item<double>() != 1.0) backward_into(grad_output, input, {input, target, weight}, reduction, grad);
+  if (number_in(grad_output) != 1.0) backward_into(grad_output, input, {input, target, weight}, reduction, grad);
 }
 
 std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -159,20 +159,29 @@ Tensor mse_loss(const Tensor& input, const Tensor& target, const OptionalTensor&
   check_given("mse_loss", "target", target);
   TORCH_CHECK(input.device() == target.device(), "mse_loss: target must be on input's device ", input.device(),
               ", got ", target.device());
-  if (defined(weight))
+  if (defined(weight)) {
     TORCH_CHECK_VALUE(weight->sym_sizes() == input.sym_sizes(), "mse_loss: weight must have input's size ",
                       input.sym_sizes(), ", got ", weight->sym_sizes());
-  const at::ScalarType dtype = at::result_type(input, target);
-  TORCH_CHECK(is_served_dtype(dtype) && !input.is_complex() && !target.is_complex(),
-              "mse_loss: input and target must be float32, float64, bfloat16 or float16, got ", input.scalar_type(),
-              " and ", target.scalar_type());
+    TORCH_CHECK(weight->device() == input.device(), "mse_loss: weight must be on input's device ", input.device(),
+                ", got ", weight->device());
+  }
   const bool same = input.sym_sizes() == target.sym_sizes();
   const auto both = same ? std::vector<Tensor>{input, target} : at::broadcast_tensors({input, target});
-  const Tensor x = both[0].to(dtype), t = both[1].to(dtype);
+  const at::ScalarType dtype = at::result_type(both[0], both[1]);
+  TORCH_CHECK_NOT_IMPLEMENTED(is_served_dtype(dtype),
+                              "mse_loss: input and target must be float32, float64, bfloat16 or float16, got ",
+                              input.scalar_type(), " and ", target.scalar_type());
+  Tensor x = both[0].to(dtype), t = both[1].to(dtype);
   OptionalTensor w;
   if (defined(weight)) {
-    if (weight->requires_grad() && at::GradMode::is_enabled()) return definition(x, t, weight, reduction);
-    w = weight->expand_symint(x.sym_sizes()).to(dtype);
+    const at::ScalarType wide = at::result_type(x, *weight);
+    const bool own_gradient = weight->requires_grad() && at::GradMode::is_enabled();
+    // The mean divides by the sum of the weights as given, which a broadcast would count more than once.
+    const bool broadcast = x.sym_sizes() != weight->sym_sizes();
+    if (own_gradient || broadcast || !is_served_dtype(wide)) return definition(x, t, weight, reduction);
+    x = x.to(wide);
+    t = t.to(wide);
+    w = weight->to(wide);
   }
   if (at::GradMode::is_enabled() && (x.requires_grad() || t.requires_grad())) return Node::apply(x, t, w, reduction);
   at::AutoDispatchBelowADInplaceOrView below;

@@ -99,8 +99,12 @@ class Node : public torch::autograd::Function<Node> {
 
 Tensor relu_mlp(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1, const Tensor& weight2,
                 const OptionalTensor& bias2) {
-  check_linear("relu_mlp", "input", input, "weight1", weight1, "bias1", bias1);
   check_given("relu_mlp", "weight2", weight2);
+  const bool expands = broadcasts_bias(input, weight1, bias1);
+  check_linear("relu_mlp", "input", input, "weight1", weight1, "bias1", expands ? std::nullopt : bias1);
+  // One feature without a dimension, or a bias to be expanded: PyTorch's.
+  if (expands || weight2.dim() == 1 || broadcasts_bias(input, weight2, bias2))
+    return definition(input, weight1, bias1, weight2, bias2);
   TORCH_CHECK(weight2.dim() == 2 && weight2.sym_size(1) == weight1.sym_size(0),
               "relu_mlp: weight2 must be of shape (*, ", weight1.sym_size(0), ") for weight1 ", weight1.sym_sizes(),
               ", got ", weight2.sym_sizes());

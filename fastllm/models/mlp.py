@@ -82,7 +82,7 @@ class MLPLanguageModel(nn.Module):
 
     def _hidden_states(self, ids: Tensor) -> Tensor:
         """``(*, T)`` ids to ``(*, T, hidden_dim)``."""
-        x = self.embedding(ids)
+        x = F.embedding(ids, self.embedding.weight)
         if self.context_length > 1:
             # Position t beside its n - 1 predecessors, the oldest first; zeros before the start.
             length = ids.shape[-1]
@@ -142,7 +142,8 @@ class MLPLanguageModel(nn.Module):
             if hidden.dim() > 2:
                 hidden = hidden.flatten(0, -2)
                 targets = targets.flatten()
-            return F.linear_cross_entropy(hidden, self.output.weight, targets, linear_bias=self.output.bias)
+            output = self.output
+            return F.linear_cross_entropy(hidden, output.weight, targets, linear_bias=output.bias)
         if kind != "mse":
             raise ValueError(f"loss: kind must be 'cross_entropy' or 'mse', got {kind!r}")
         logits = self.output(hidden)

@@ -21,17 +21,17 @@ ROWS, COLUMNS = 64, 64  # of a tile of the elementwise kernels
 
 @triton.jit(do_not_specialize=["rows"])
 def _bias_relu(y, bias, rows, columns, BIAS: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr,
-               COLUMNS: tl.constexpr):  # fmt: skip
+               COLUMNS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     offsets = row[:, None] * columns + column[None, :]
-    value = tl.load(y + offsets, mask=mask, other=0.0)
+    value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
     if BIAS:
-        value += tl.load(bias + column, mask=column < columns, other=0.0)[None, :]
+        value += tl.load(bias + column, mask=column < columns, other=0.0).to(ACC)[None, :]
     if RELU:
         value = tl.where(value <= 0, 0.0, value)  # NaN stays
-    tl.store(y + offsets, value, mask=mask)
+    tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -59,7 +59,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Te
     y = torch.mm(input, weight.t())
     bias = None if bias is None else bias.contiguous()
     launch(_bias_relu, (triton.cdiv(y.size(0), ROWS), triton.cdiv(y.size(1), COLUMNS)), y, y, bias, *y.shape,
-           BIAS=bias is not None, RELU=True, ROWS=ROWS, COLUMNS=COLUMNS)  # fmt: skip
+           BIAS=bias is not None, RELU=True, ROWS=ROWS, COLUMNS=COLUMNS, ACC=constant(ACCUMULATORS[y.dtype]))  # fmt: skip
     return y
 
 

@@ -35,6 +35,8 @@ dim3 grid_size();
 
 // Runs `body` as every thread of the grid; a status other than 0 where a rule was broken: last_failure() says which.
 int run(int64_t blocks, int threads, size_t shared, int cluster, const std::function<void()>& body);
+// Differs from cluster to cluster of blocks: what threads have under way ends with theirs.
+uint64_t generation();
 const char* last_failure();
 
 // Ends the launch with a message; does not return.

@@ -109,6 +109,7 @@ std::vector<char*> stacks;
 std::string failure;
 bool failed = false;
 bool progress = false;  // since the last sweep over all threads
+uint64_t clusters_made = 0;
 void* scheduler = nullptr;
 Launch* launch = nullptr;
 Fiber* fiber() { return static_cast<Fiber*>(current); }
@@ -163,6 +164,7 @@ void wait(Barrier& barrier, int expected) {
 }
 
 void make_cluster(int64_t first) {
+  ++clusters_made;
   launch->blocks.clear();
   launch->cluster_barrier = Barrier();
   size_t number = 0;
@@ -218,10 +220,12 @@ void run_cluster(std::minstd_rand& random) {
   int idle = 0;
   while (left > 0 && !failed) {
     progress = false;
+    const auto held = random() & random();  // warps that fall behind: they would stay in step, as if barriers held them
     std::shuffle(order.begin(), order.begin() + static_cast<int64_t>(left), random);
     for (size_t i = 0; i < left && !failed;) {
       Fiber* f = order[i];
-      if (f->wakes != nullptr && !*f->wakes) {
+      const bool waits = f->wakes != nullptr && !*f->wakes;
+      if (waits || (held >> (f->linear / 32 + 5 * f->block->rank) % 31 & 1)) {
         ++i;
         continue;
       }
@@ -297,6 +301,7 @@ void allow(const void* begin, size_t bytes, bool writable) {
   const char* b = static_cast<const char*>(begin);
   ranges.push_back({b, b + bytes, writable});
 }
+uint64_t generation() { return clusters_made; }
 void clear_ranges() { ranges.clear(); }
 
 void check_access(const void* p, size_t bytes, size_t alignment, bool write) {

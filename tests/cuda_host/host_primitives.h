@@ -51,6 +51,10 @@ template <int N, class T>
 void store_vec_streaming(T* p, const Vec<T, N>& value) {
   store_vec(p, value);
 }
+template <int N, class T>
+void store_vec_cached(T* p, const Vec<T, N>& value) {
+  store_vec(p, value);
+}
 
 inline char* shared_memory() { return cuda_host::shared_memory(); }
 
@@ -130,6 +134,7 @@ inline unsigned ballot(bool vote) {
   for (int lane = 0; lane < 32; ++lane) mask |= static_cast<unsigned>(votes[lane]) << lane;
   return mask;
 }
+inline int count_bits(unsigned mask) { return __builtin_popcount(mask); }
 
 // --- clusters ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,186 @@
+"""Results of run.py as Markdown: the table that README shows, and everything that was measured."""
+
+from __future__ import annotations
+
+import machine
+
+TITLES = {
+    "both": "Forward and backward",
+    "forward": "Forward, with what backward needs",
+    "backward": "Backward",
+    "no_grad": "Forward under no_grad",
+    "graph": "Forward and backward, replayed as a CUDA graph",
+}
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, without an exponent."""
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def gigabytes_or_flops(case: dict, limits: dict) -> tuple[float, float, str]:
+    """What fastllm reaches, the machine's limit for it, and the unit."""
+    seconds = case["seconds"]["fastllm"]["both"]["min"]
+    if case["bytes"]:
+        return case["bytes"] / seconds, limits["copy"], "GB/s"
+    return case["flops"] / seconds, limits[f"gemm_{case['dtype']}"], "GF/s"
+
+
+def trouble(case: dict) -> str | None:
+    """Why a case has no ratio, or None."""
+    if "skipped" in case or "failed" in case:
+        return next(f"{word}: {case[word]}" for word in ("skipped", "failed") if word in case)
+    for name in ("fastllm", "eager"):
+        if "failed" in case["seconds"][name]:
+            return f"{name} failed: {case['seconds'][name]['failed']}"
+    return None
+
+
+def ratio(case: dict, name: str = "eager", mode: str = "both") -> float | None:
+    """Minimum of a variant over that of fastllm; None where it has none."""
+    times = case.get("seconds", {})
+    if not all(mode in times.get(n, {}) for n in (name, "fastllm")):
+        return None
+    return times[name][mode]["min"] / times["fastllm"][mode]["min"]
+
+
+def loses(value: float) -> bool:
+    return round(value, 2) < 1
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")
+
+
+def _peer(case: dict, name: str) -> str:
+    """A peer's milliseconds, and how many of fastllm's times they are."""
+    times = case["seconds"].get(name)
+    if times is None:
+        return ""
+    if "failed" in times:
+        return _cell(f"failed: {times['failed'][:60]}")
+    value = ratio(case, name)
+    text = f"{value:.2f}, **loses**" if loses(value) else f"{value:.2f}"
+    return f"{milliseconds(times['both']['min'])} ({text})"
+
+
+def _worst(error: dict[str, float]) -> str:
+    return f"{max(error.values()):.0e}"
+
+
+def _row(case: dict, report: dict, peers: list[str]) -> list[str]:
+    start = [case["op"], case["shape"], case["dtype"]]
+    why = trouble(case)
+    if why is not None:
+        return [*start, _cell(why)]
+    times, pairs = case["seconds"], ("eager", "fastllm")
+    value, aim, warm = ratio(case), case["aim"], report["warm_malloc"].get(case["name"])
+    rate, limit, unit = gigabytes_or_flops(case, report["machine"]["limits"])
+    return [
+        *start,
+        *(" / ".join(milliseconds(times[n]["both"][k]) for k in ("min", "median")) for n in pairs),
+        f"**{value:.2f}**" + (" (loses)" if loses(value) else ""),
+        "" if aim is None else f"{aim:g}" + ("" if value >= aim else " (missed)"),
+        "" if warm is None else f"{warm:.2f}" + (" (loses)" if loses(warm) else ""),
+        *(_peer(case, name) for name in peers),
+        f"{rate / 1e9:.3g} {unit}, {100 * rate / limit:.0f}%",
+        " / ".join(f"{max(case['extra_peak'][n], 0) / 1e6:.0f}" for n in pairs) if "extra_peak" in case else "",
+        " / ".join(_worst(case["error"][n]) for n in pairs) if "error" in case else "",
+    ]
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    full = [columns, ["---"] * len(columns), *(row + [""] * (len(columns) - len(row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in full) + "\n"
+
+
+def head(report: dict) -> str:
+    """Machine, versions, limits and peers that are not there."""
+    m, limits = report["machine"], report["machine"]["limits"]
+    products = f"float32 products by {m['float32_gemm']}; " if m["device"] == "cpu" else f"CUDA {m['cuda']}; "
+    text = (
+        f"{machine.where(m)}; torch {m['torch']}; {products}{m['date']}, commit {m['commit']}, "
+        f"load average before {m['load']:g}. Measured in the same run: "
+        f"copy {limits['copy'] / 1e9:.3g} GB/s, in place {limits['in_place'] / 1e9:.3g} GB/s; square products, PyTorch's "
+        f"or ours: {limits['gemm_fp32'] / 1e9:.3g} GFLOP/s fp32, {limits['gemm_bf16'] / 1e9:.3g} bf16.\n"
+    )
+    if report["missing"]:
+        text += f"\nNot measured: {'; '.join(f'{name} ({why})' for name, why in report['missing'].items())}.\n"
+    return text
+
+
+def losses(report: dict) -> str:
+    """The cases in which another is faster, in one sentence for each of the others."""
+    lines = []
+    for name in ("eager", *report["peers"]):
+        values = [(c, ratio(c, name)) for c in report["cases"]]
+        lost = [f"{c['op']} {c['shape']} {c['dtype']} ({v:.2f})" for c, v in values if v is not None and loses(v)]
+        count = sum(v is not None for _, v in values)
+        if count:
+            lines.append(f"Slower than {name}: {', '.join(lost) or 'nowhere'} (of {count} cases).")
+    return "\n".join(lines) + "\n"
+
+
+def measured_peers(report: dict) -> list[str]:
+    return [n for n in report["peers"] if any(n in c.get("seconds", {}) for c in report["cases"])]
+
+
+def table(report: dict) -> str:
+    """What README shows."""
+    peers = measured_peers(report)
+    columns = [
+        "operation",
+        "shape",
+        "dtype",
+        "eager ms, min / median",
+        "fastllm ms, min / median",
+        "ratio",
+        "aimed at",
+        "ratio, warm malloc",
+        *(f"{name} ms (ratio)" for name in peers),
+        "achieved, of the limit",
+        "extra MB eager / fastllm",
+        "error eager / fastllm",
+    ]
+    rows = [_row(case, report, peers) for case in report["cases"]]
+    return f"{head(report)}\n{markdown(columns, rows)}\n{losses(report)}"
+
+
+def _times(times: dict | None, mode: str) -> str:
+    if times is None or (mode not in times and "failed" not in times):
+        return ""
+    if "failed" in times:
+        return _cell(f"failed: {times['failed']}")
+    t = times[mode]
+    return (
+        f"{milliseconds(t['min'])} · {milliseconds(t['median'])} [{milliseconds(t['p20'])}, {milliseconds(t['p80'])}]"
+    )
+
+
+def _per_variant(report: dict, key: str, show) -> str:
+    """A table with a column for each variant."""
+    names = ["eager", "fastllm", *measured_peers(report)]
+    rows = [
+        [case["op"], case["shape"], case["dtype"], *(show(case[key].get(name)) for name in names)]
+        for case in report["cases"]
+        if case.get(key)
+    ]
+    return markdown(["operation", "shape", "dtype", *names], rows) if rows else ""
+
+
+def details(report: dict) -> str:
+    """Everything that was measured: each mode, memory, errors."""
+    text = f"{table(report)}\nBelow: milliseconds, minimum · median [20th, 80th percentile].\n"
+    for mode, title in TITLES.items():
+        key = "graph" if mode == "graph" else "seconds"
+        body = _per_variant(report, key, lambda times, mode=mode: _times(times, mode))
+        if body:
+            text += f"\n## {title}\n\n{body}"
+    memory = _per_variant(report, "extra_peak", lambda b: "" if b is None else f"{max(b, 0) / 1e6:.1f}")
+    error = _per_variant(report, "error", lambda e: "" if e is None else f"{e['output']:.1e} / {e['gradient']:.1e}")
+    if memory:
+        text += f"\n## Extra peak memory of forward and backward, MB\n\n{memory}"
+    if error:
+        text += f"\n## Largest error of the output / of a gradient, relative to its largest value, against float64\n\n{error}"
+    return text
