@@ -151,6 +151,7 @@ def _choose(name: str | None) -> None:
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
+_STRIDED = torch.strided
 _CPU_READY = TABLE["cpu"].missing is None
 _ACCELERATORS = frozenset(
     kind
@@ -201,11 +202,11 @@ def native(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
         return False
     if type(tensor) not in _PLAIN and not _is_traced(op, tensor):
         return False
-    dense = tensor.layout is torch.strided and not tensor.is_nested
+    dense = tensor.layout is _STRIDED and not tensor.is_nested
     for other in others:
         if type(other) not in _PLAIN_OR_NONE and not _is_traced(op, other):
             return False
-        dense = dense and (other is None or other.layout is torch.strided)
+        dense = dense and (other is None or other.layout is _STRIDED)
     if _in_transform() or forward_ad._current_level >= 0:
         return False
     if name == "auto":

@@ -179,3 +179,37 @@ def test_a_full_table_for_an_unknown_generation(monkeypatch):
     for kind in (("cuda", 12), ("hip", 11), ("xpu", 0)):
         monkeypatch.setattr(gemm, "target", lambda device, k=kind: k)
         assert gemm.tiles(torch.device("cpu"), 4096, True, False) in [t["plain"] for t in gemm.TILES.values()]
+
+
+def test_rows_wider_than_a_program():
+    """Several programs side by side in a row, in the lookup, in the sums of chunks and in those of rows."""
+    from fastllm.triton.embedding import CHUNK, WIDTH
+
+    ids = torch.tensor([1] * (2 * CHUNK + 3) + [0, 3, 3])
+    weight = torch.randn(4, WIDTH + 6, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(len(ids), WIDTH + 6, dtype=torch.float64)
+    ours, theirs = (f(ids, weight) for f in (F.embedding, TF.embedding))
+    assert torch.equal(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(output, weight, g)[0] for output in (ours, theirs)))
+
+
+def test_mse_one_item_more_than_the_programs_hold():
+    from fastllm.triton import common, mse_loss
+
+    n = mse_loss.PROGRAMS * common.multiprocessors(torch.device("cpu")) * mse_loss.BLOCK + 1
+    x = torch.zeros(n)
+    x[-1] = 3.0
+    x.requires_grad_()
+    loss = F.mse_loss(x, torch.zeros(n), reduction="sum")
+    assert loss.item() == 9.0
+    assert torch.autograd.grad(loss, x)[0][-1] == 6.0
+
+
+def test_gradients_of_more_than_a_block_are_scaled():
+    from fastllm.triton.linear_cross_entropy import SCALE_BLOCK
+
+    x, y = torch.randn(2, 4, requires_grad=True), torch.tensor([0, 5])
+    w = torch.randn(SCALE_BLOCK // 4 + 3, 4, requires_grad=True)
+    ours, theirs = F.linear_cross_entropy(x, w, y), TF.cross_entropy(x @ w.t(), y)
+    for a, b in zip(torch.autograd.grad(ours * 3, [x, w]), torch.autograd.grad(theirs * 3, [x, w]), strict=True):
+        torch.testing.assert_close(a, b)
