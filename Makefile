@@ -23,7 +23,7 @@ bench: .venv/built
 bench-quick: .venv/built
 	$(VENV_PYTHON) benchmarks/run.py --device cpu --quick
 
-# Every measurement, the plots, and README: about 25 minutes on two quiet cores.
+# Every measurement, the plots, and README: about half an hour on two quiet cores.
 bench-all: .venv/built .venv/benchmarks
 	$(VENV_PYTHON) benchmarks/everything.py
 

@@ -1,7 +1,7 @@
 """Every measurement of this machine, the plots, and README: ``python benchmarks/everything.py`` (make bench-all).
 
 Results go to the folder of benchmarks/results named after the machine, which README shows from then on. Further
-arguments go to run.py. Takes about 25 minutes on two quiet cores.
+arguments go to run.py. Takes about half an hour on two quiet cores.
 """
 
 from __future__ import annotations
