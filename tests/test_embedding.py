@@ -51,12 +51,13 @@ def test_max_norm_renormalises_the_rows_looked_up():
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("rows", [3, 3000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_sums_of_low_precision_gradients(dtype):
-    """2000 gradients of one row: a sum kept in bfloat16 stops at 256, in float16 at 2048."""
-    weight = torch.zeros(3, 5, dtype=dtype, requires_grad=True)
+def test_sums_of_low_precision_gradients(dtype, rows):
+    """2500 gradients of one row, of a small table and a larger: a bfloat16 sum stops at 256, a float16 one at 2048."""
+    weight = torch.zeros(rows, 5, dtype=dtype, requires_grad=True)
     F.embedding(torch.ones(2500, dtype=torch.int64), weight).backward(torch.ones(2500, 5, dtype=dtype))
-    expected = torch.zeros(3, 5)
+    expected = torch.zeros(rows, 5)
     expected[1] = 2500
     assert torch.equal(weight.grad, expected.to(dtype))
 
@@ -73,6 +74,27 @@ def test_few_ids_and_many(options, dtype):
         torch.autograd.grad(F.embedding(ids[:n], weight, **options), weight, incoming[:n])[0] for n in (128, 129)
     )
     assert torch.equal(few[:11], many[:11]) and few[11].eq(0).all()
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("rows, features", [(1, 1), (7, 10), (100, 16), (200, 37), (250, 129)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_ids_of_a_small_table(dtype, rows, features, ids_dtype):
+    """A table that fits in a cache is summed without sorting: one id holds most positions, some rows none."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, rows, (41, 26), dtype=ids_dtype)
+    ids[ids % 3 == 2] = 0
+    weight, incoming = torch.randn(rows, features).to(dtype).requires_grad_(), torch.randn(41, 26, features).to(dtype)
+    incoming[ids == 0] += 1
+    expected = torch.zeros(rows, features, dtype=torch.float64)
+    expected.index_add_(0, ids.flatten(), incoming.double().flatten(0, 1))
+    accumulated = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    bound = torch.finfo(dtype).eps * expected.abs() + accumulated * (8 * expected.abs() + 40)
+    for padding_idx in (None, 0):
+        if padding_idx is not None:
+            expected[padding_idx] = 0
+        (grad,) = torch.autograd.grad(F.embedding(ids, weight, padding_idx), weight, incoming)
+        assert ((grad.double() - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -4,6 +4,7 @@
 // Here positions are sorted by id (a stable counting sort), and each row of the gradient is written once: zeros, or the
 // sum of its positions' gradients, kept in the accumulator and rounded at the store. Traffic: the incoming gradient
 // once and the table once. Few ids are not sorted: the table is zeroed as one stretch, and their rows written after.
+// Nor are many ids of a small table: pieces of the positions are added up in tables of accumulators, then the tables.
 #include "embedding.h"
 
 #include "parallel.h"
@@ -12,7 +13,8 @@
 namespace fastllm::cpu::FASTLLM_ISA {
 namespace {
 
-constexpr int64_t kStreamBytes = int64_t{16} << 20;  // outputs beyond this size go past the caches
+constexpr int64_t kStreamBytes = int64_t{16} << 20;   // outputs beyond this size go past the caches
+constexpr int64_t kCachedBytes = int64_t{256} << 10;  // a table of this size stays in a core's cache
 
 FASTLLM_INLINE bool aligned(const void* p, int64_t to) { return reinterpret_cast<uintptr_t>(p) % to == 0; }
 
@@ -43,27 +45,36 @@ FASTLLM_INLINE void copy_bytes(char* to, const char* from, int64_t n, bool strea
   }
 }
 
+// A function of its own: stores may alias whatever is read through a lambda's captures.
 template <class Index>
-void gather(const char* weight, const Index* ids, char* output, int64_t count, int64_t row_bytes) {
+void gather_rows(const char* weight, const Index* ids, char* output, int64_t begin, int64_t end, int64_t row_bytes,
+                 bool cached, bool streaming) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (!cached && i + 4 < end) {  // rows lie anywhere: begin fetching one a few steps ahead
+      const char* next = weight + static_cast<int64_t>(ids[i + 4]) * row_bytes;
+      for (int64_t line = 0; line < row_bytes && line < 512; line += 64) __builtin_prefetch(next + line);
+    }
+    copy_bytes(output + i * row_bytes, weight + static_cast<int64_t>(ids[i]) * row_bytes, row_bytes, streaming);
+  }
+  stream_fence();
+}
+
+template <class Index>
+void gather(const char* weight, int64_t rows, const Index* ids, char* output, int64_t count, int64_t row_bytes) {
+  const bool cached = rows * row_bytes <= kCachedBytes;
   const bool streaming = count * row_bytes > kStreamBytes;
   parallel_for(count, 32768 / (row_bytes + 1) + 1, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (i + 4 < end) {  // rows lie anywhere: begin fetching one a few steps ahead
-        const char* next = weight + static_cast<int64_t>(ids[i + 4]) * row_bytes;
-        for (int64_t line = 0; line < row_bytes && line < 512; line += 64) __builtin_prefetch(next + line);
-      }
-      copy_bytes(output + i * row_bytes, weight + static_cast<int64_t>(ids[i]) * row_bytes, row_bytes, streaming);
-    }
-    stream_fence();
+    gather_rows(weight, ids, output, begin, end, row_bytes, cached, streaming);
   });
 }
 
-void forward_entry(const void* weight, const void* ids, bool is_int32, void* output, int64_t count, int64_t row_bytes) {
+void forward_entry(const void* weight, int64_t rows, const void* ids, bool is_int32, void* output, int64_t count,
+                   int64_t row_bytes) {
   if (is_int32)
-    gather(static_cast<const char*>(weight), static_cast<const int32_t*>(ids), static_cast<char*>(output), count,
+    gather(static_cast<const char*>(weight), rows, static_cast<const int32_t*>(ids), static_cast<char*>(output), count,
            row_bytes);
   else
-    gather(static_cast<const char*>(weight), static_cast<const int64_t*>(ids), static_cast<char*>(output), count,
+    gather(static_cast<const char*>(weight), rows, static_cast<const int64_t*>(ids), static_cast<char*>(output), count,
            row_bytes);
 }
 
@@ -239,9 +250,64 @@ void write_few(EmbeddingGradient g) {
   }
 }
 
+// sums[ids[i]] += from[i] for positions [begin, end); rows of sums are `stride` apart, a multiple of the vector.
+template <class T, class Index>
+void add_rows(const Index* ids, const T* from, acc_t<T>* sums, int64_t begin, int64_t end, int64_t features,
+              int64_t stride) {
+  constexpr int w = lanes<T>;
+  const int64_t whole = features / w * w, rest = features - whole;
+  for (int64_t i = begin; i < end; ++i) {
+    const T* row = from + i * features;
+    acc_t<T>* to = sums + ids[i] * stride;
+    for (int64_t c = 0; c < whole; c += w) store(to + c, load(to + c) + load(row + c));
+    if (rest > 0) store(to + whole, load(to + whole) + load_partial(row + whole, rest, acc_t<T>(0)));
+  }
+}
+
+template <class T, class Index>
+void write_small(const EmbeddingGradient& g) {
+  using A = acc_t<T>;
+  constexpr int w = lanes<T>;
+  const int64_t stride = embedding_stride(g.features), table = g.rows * stride;
+  A* partial = static_cast<A*>(g.partial);
+  parallel_for(kEmbeddingPieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      std::memset(partial + k * table, 0, static_cast<size_t>(table) * sizeof(A));
+      add_rows(static_cast<const Index*>(g.ids), static_cast<const T*>(g.grad_output), partial + k * table,
+               g.count * k / kEmbeddingPieces, g.count * (k + 1) / kEmbeddingPieces, g.features, stride);
+    }
+  });
+  parallel_for(g.rows, 16384 / stride + 1, [&](int64_t begin, int64_t end) {
+    const int64_t features = g.features;
+    for (int64_t v = begin; v < end; ++v) {
+      T* to = static_cast<T*>(g.grad) + v * features;
+      const A* from = partial + v * stride;
+      if (v == g.padding_idx) {
+        fill_zero(to, features, false);
+        continue;
+      }
+      for (int64_t c = 0; c < features; c += w) {
+        vec<A> sum = load(from + c);
+        for (int64_t k = 1; k < kEmbeddingPieces; ++k) sum += load(from + k * table + c);
+        if (features - c < w)
+          store_partial(to + c, sum, features - c);
+        else
+          store(to + c, sum);
+      }
+    }
+  });
+}
+
 template <class T>
 void backward(const EmbeddingGradient& g) {
   using A = acc_t<T>;
+  if (embedding_in_pieces(g)) {
+    if (g.ids_are_int32)
+      write_small<T, int32_t>(g);
+    else
+      write_small<T, int64_t>(g);
+    return;
+  }
   if (g.count <= kFewIds) {
     if (g.ids_are_int32)
       write_few<T, int32_t>(g);

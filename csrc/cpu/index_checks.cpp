@@ -27,10 +27,22 @@ int64_t scan_any(const void* target, bool is_int32, int64_t rows, int64_t classe
                   : scan(static_cast<const int64_t*>(target), rows, classes, ignore_index, w, divisor);
 }
 
+// Blocks without a branch inside: an id outside [0, rows) is negative or makes rows - 1 - id so.
 template <class Index>
 int64_t scan_ids(const Index* ids, int64_t count, int64_t rows) {
-  for (int64_t i = 0; i < count; ++i)
-    if (ids[i] < 0 || ids[i] >= rows) return i;
+  constexpr int64_t kBlock = 512;
+  const uint64_t last = static_cast<uint64_t>(rows) - 1;
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = begin + kBlock < count ? begin + kBlock : count;
+    uint64_t signs = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const uint64_t id = static_cast<uint64_t>(static_cast<int64_t>(ids[i]));
+      signs |= id | (last - id);
+    }
+    if (static_cast<int64_t>(signs) >= 0) continue;
+    for (int64_t i = begin; i < end; ++i)
+      if (ids[i] < 0 || ids[i] >= rows) return i;
+  }
   return -1;
 }
 

@@ -21,8 +21,9 @@ Tensor forward_cpu(const Tensor& weight, const Tensor& input) {
   shape.push_back(table.size(1));
   const Tensor output = pool::empty(shape, table.scalar_type());
   if (output.numel() > 0)
-    cpu::embedding().forward(data(table), data(ids), ids.scalar_type() == at::kInt, output.mutable_data_ptr(),
-                             ids.numel(), table.size(1) * static_cast<int64_t>(table.element_size()));
+    cpu::embedding().forward(data(table), table.size(0), data(ids), ids.scalar_type() == at::kInt,
+                             output.mutable_data_ptr(), ids.numel(),
+                             table.size(1) * static_cast<int64_t>(table.element_size()));
   return output;
 }
 
@@ -45,7 +46,11 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, int64_t rows
   g.scale_by_frequency = scale_grad_by_freq;
   g.grad = grad.mutable_data_ptr();
   Tensor work, partial;
-  if (count > cpu::kFewIds) {
+  if (cpu::embedding_in_pieces(g)) {
+    partial =
+        pool::empty({cpu::kEmbeddingPieces * rows * cpu::embedding_stride(features)}, acc_dtype(from.scalar_type()));
+    g.partial = partial.mutable_data_ptr();
+  } else if (count > cpu::kFewIds) {
     work = pool::empty({rows + 1 + count + 2 * chunks}, at::kLong);
     partial = pool::empty({chunks * features}, acc_dtype(from.scalar_type()));
     g.starts = work.mutable_data_ptr<int64_t>();
