@@ -229,7 +229,7 @@ def write_ninja(path, target, cxx, torch, cpp_extension, python_include, cuda=No
     flags += [f"-isystem '{p}'" for p in includes]
     # No rpath: the package imports torch first, which loads these libraries.
     link += [f"-L'{directory}'" for directory in cpp_extension.library_paths()]
-    link += ["-ltorch", "-ltorch_cpu", "-lc10", "-fopenmp"]
+    link += ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", "-fopenmp"]
     steps = [("compile", *step) for step in compile_steps(path.parent)]
     if cuda is not None:
         steps += cuda_compile_steps(path.parent, cuda)

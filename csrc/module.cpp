@@ -1,9 +1,10 @@
-// fastllm._C: importing it registers the operations; it tells what was built, and steers the choice of
+// fastllm._C: importing it registers the operations; it calls them, tells what was built, and steers the choice of
 // backend and the memory pool.
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
 #include "ops/backend.h"
+#include "ops/calls.h"
 #include "ops/gemm.h"
 #include "ops/pool.h"
 
@@ -14,6 +15,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", [] { return fastllm::cpu::isa_name(fastllm::cpu::current_isa()); });
   m.def("float32_gemm_library", &fastllm::float32_gemm_library);
   fastllm::backend::declare_namespaces();
+  fastllm::define_calls(m);
   m.def("current_backend", &fastllm::backend::current);
   m.def("set_process_backend", &fastllm::backend::set_for_process);
   m.def("set_thread_backend", &fastllm::backend::set_for_thread);

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -161,6 +161,19 @@ _ACCELERATORS = frozenset(
 )  # device types with compiled kernels
 _in_transform = torch._C._are_functorch_transforms_active  # the form that torch.compile traces to the right constant
 
+# The operations twice: as torch.compile can trace them, and called from C (csrc/ops/calls.h says why) where `_serves`.
+_TRACEABLE: dict[str, Callable[..., torch.Tensor]] = {}
+_DIRECT: dict[str, Callable[..., torch.Tensor]] = {}
+if _native.extension is not None:
+    _TRACEABLE = {op: getattr(torch.ops.fastllm, op).default for op in OPERATIONS}
+    _DIRECT = {op: getattr(_native.extension, op) for op in OPERATIONS}
+    _serves = _native.extension.serves
+    _native.extension.set_served_devices(["cpu", *_ACCELERATORS])
+else:
+
+    def _serves(*tensors: torch.Tensor | None) -> bool:
+        return False
+
 
 def _is_traced(op: str, tensor: object) -> bool:
     """Whether ``tensor`` is fake or functional: PyTorch's compilers trace the compiled operations with such stand-ins.
@@ -187,8 +200,8 @@ def holds_numbers(*tensors: torch.Tensor) -> bool:
     )
 
 
-def native(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether the compiled operation ``op`` serves a call on ``tensor``; else the eager definition does.
+def native(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> Callable[..., torch.Tensor] | None:
+    """The compiled operation ``op``, to be called with its arguments by position, or None: the eager definition serves.
 
     Raises
     ------
@@ -197,25 +210,27 @@ def native(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
     TypeError
         An argument is neither a tensor nor, among the ``others``, None.
     """
+    if not torch.compiler.is_compiling() and _serves(tensor, *others):
+        return _DIRECT[op]
     name = _chosen.name or _default
     if name == "eager":
-        return False
+        return None
     if type(tensor) not in _PLAIN and not _is_traced(op, tensor):
-        return False
+        return None
     dense = tensor.layout is _STRIDED and not tensor.is_nested
     for other in others:
         if type(other) not in _PLAIN_OR_NONE and not _is_traced(op, other):
-            return False
+            return None
         dense = dense and (other is None or other.layout is _STRIDED)
     if _in_transform() or forward_ad._current_level >= 0:
-        return False
+        return None
     if name == "auto":
         ready = _CPU_READY if tensor.is_cpu else tensor.device.type in _ACCELERATORS
-        return ready and dense and tensor.dtype in DTYPES
+        return _TRACEABLE[op] if ready and dense and tensor.dtype in DTYPES else None
     reason = TABLE[name].refusal(op, tensor) if dense else "it serves dense tensors, got a sparse or nested one"
     if reason is not None:
         raise RuntimeError(f"{op}: backend {name!r} cannot serve this call: {reason}")
-    return True
+    return _TRACEABLE[op]
 
 
 def _server(op: str, device_type: str) -> str:

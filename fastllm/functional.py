@@ -17,18 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
-from fastllm import _native, eager
+from fastllm import eager
 from fastllm.backends import holds_numbers, native
 
 __all__ = ["cross_entropy", "embedding", "linear_cross_entropy", "linear_relu", "mse_loss", "relu_mlp"]
-
-if _native.extension is not None:
-    _embedding = torch.ops.fastllm.embedding.default
-    _linear_relu = torch.ops.fastllm.linear_relu.default
-    _relu_mlp = torch.ops.fastllm.relu_mlp.default
-    _mse_loss = torch.ops.fastllm.mse_loss.default
-    _cross_entropy = torch.ops.fastllm.cross_entropy.default
-    _linear_cross_entropy = torch.ops.fastllm.linear_cross_entropy.default
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _REDUCTION_NAMES = tuple(_REDUCTIONS)  # `in` compares: a reduction that has no hash is another value, not an error
@@ -140,7 +132,8 @@ def embedding(
     ids = max_norm is not None and holds_numbers(input, weight) and input.dtype in (torch.int64, torch.int32)
     if ids and weight.dim() == 2:
         _check_ids(input, weight.size(0))
-    if not native("embedding", weight, input):
+    operation = native("embedding", weight, input)
+    if operation is None:
         return eager.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if padding_idx is None:
         padding_idx = -1
@@ -154,7 +147,7 @@ def embedding(
         input = input.contiguous()
         with torch.no_grad():
             torch.embedding_renorm_(weight, input, max_norm, norm_type)
-    return _embedding(input, weight, padding_idx, scale_grad_by_freq, sparse)
+    return operation(input, weight, padding_idx, scale_grad_by_freq, sparse)
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -186,9 +179,10 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     -----
     ``torch.relu(torch.nn.functional.linear(input, weight, bias))``.
     """
-    if not native("linear_relu", input, weight, bias):
+    operation = native("linear_relu", input, weight, bias)
+    if operation is None:
         return eager.linear_relu(input, weight, bias)
-    return _linear_relu(input, weight, bias)
+    return operation(input, weight, bias)
 
 
 def relu_mlp(input: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
@@ -215,9 +209,10 @@ def relu_mlp(input: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tens
     RuntimeError
         Shapes, dtypes or devices that do not match.
     """
-    if not native("relu_mlp", input, weight1, bias1, weight2, bias2):
+    operation = native("relu_mlp", input, weight1, bias1, weight2, bias2)
+    if operation is None:
         return eager.relu_mlp(input, weight1, bias1, weight2, bias2)
-    return _relu_mlp(input, weight1, bias1, weight2, bias2)
+    return operation(input, weight1, bias1, weight2, bias2)
 
 
 def mse_loss(
@@ -272,9 +267,10 @@ def mse_loss(
                 "mse_loss: reduction must be one of 'none', 'mean', 'sum' with weight, got 'elementwise_mean'"
             )
         reduction = _reduction_name("mse_loss", reduction, size_average, reduce)
-    if not native("mse_loss", input, target, weight):
+    operation = native("mse_loss", input, target, weight)
+    if operation is None:
         return eager.mse_loss(input, target, reduction, weight)
-    return _mse_loss(input, target, weight, _REDUCTIONS[reduction])
+    return operation(input, target, weight, _REDUCTIONS[reduction])
 
 
 def cross_entropy(
@@ -343,11 +339,12 @@ def cross_entropy(
     if size_average is not None or reduce is not None or reduction not in _REDUCTION_NAMES:
         reduction = _reduction_name("cross_entropy", reduction, size_average, reduce)
     _check_numbers("cross_entropy", ignore_index, label_smoothing, lse_square_scale, softcap)
-    if not native("cross_entropy", input, target, weight):
+    operation = native("cross_entropy", input, target, weight)
+    if operation is None:
         return eager.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing, lse_square_scale, softcap
         )
-    return _cross_entropy(
+    return operation(
         input,
         target,
         weight,
@@ -430,7 +427,8 @@ def linear_cross_entropy(
             lse_square_scale=lse_square_scale,
             softcap=softcap,
         )
-    if not native(op, input, linear_weight, target, linear_bias, weight):
+    operation = native(op, input, linear_weight, target, linear_bias, weight)
+    if operation is None:
         _check_linear(input, linear_weight, linear_bias)
         return eager.linear_cross_entropy(
             input,
@@ -444,7 +442,7 @@ def linear_cross_entropy(
             lse_square_scale,
             softcap,
         )
-    return _linear_cross_entropy(
+    return operation(
         input,
         linear_weight,
         target,

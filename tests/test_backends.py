@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 
+import numpy as np
 import pytest
 import torch
 from helpers import run_python
@@ -232,6 +233,85 @@ def test_fake_tensors_take_the_compiled_operation():
     with FakeTensorMode() as mode:
         a = mode.from_tensor(x)
         assert OURS in F.mse_loss(a, mode.from_tensor(t)).grad_fn.name()
+
+
+OPTIONS = {  # that follow the tensors of an operation: the plain kinds, and others of the same value
+    "embedding": ([-1, True, False], [np.int64(-1), True, False]),
+    "linear_relu": ([], []),
+    "relu_mlp": ([], []),
+    "mse_loss": ([None, 1], [None, np.int64(1)]),
+    "cross_entropy": ([1, 3, 0.5, 0.25, 2.0, False], [np.int64(1), torch.tensor(3), np.float64(0.5), 0.25, 2, False]),
+    "linear_cross_entropy": ([None, None, 2, -100, 0.0, 1.0, None], [None, None, 2, -100, 0, 1, None]),
+}
+needs_extension = pytest.mark.skipif(_native.MISSING is not None, reason=str(_native.MISSING))
+
+
+@needs_extension
+@pytest.mark.parametrize("op", fastllm.backends.OPERATIONS)
+def test_both_ways_to_an_operation(op):
+    """Called from C or through torch.ops: the same results, and the same errors, for arguments of any kind."""
+    direct, traceable = fastllm.backends._DIRECT[op], fastllm.backends._TRACEABLE[op]
+    tensors = ARGUMENTS[op]()
+    assert fastllm.backends.native(op, *(tensors[::-1] if op == "embedding" else tensors)) is direct
+    if op == "embedding":
+        tensors[1] = torch.nn.Parameter(tensors[1])
+    else:
+        tensors[0].requires_grad_()
+    expected = traceable(*tensors, *OPTIONS[op][0])
+    for options in OPTIONS[op]:
+        output = direct(*tensors, *options)
+        assert torch.equal(output, expected) and output.grad_fn.name() == expected.grad_fn.name()
+    for bad in (tensors[:1], [*tensors, *OPTIONS[op][0], 1], ["x", *tensors[1:], *OPTIONS[op][0]]):
+        errors = []
+        for call in (direct, traceable):
+            with pytest.raises(Exception) as error:
+                call(*bad)
+            errors.append((error.type, str(error.value)))
+        assert errors[0] == errors[1]
+    if op == "cross_entropy":
+        with pytest.raises(RuntimeError, match=r"label_smoothing must be between 0.0 and 1.0, got 2"):
+            direct(*tensors, 1, -100, 2.0, 0.0, None, False)
+        with pytest.raises(IndexError, match=r"target must be in \[0, 4\)"):
+            direct(tensors[0], tensors[1] + 1, None, 1, -100, 0.0, 0.0, None, False)
+        with pytest.raises(RuntimeError):
+            direct(*tensors, 1, 2**70, 0.0, 0.0, None, False)
+
+
+@needs_extension
+def test_a_torch_function_mode_sees_the_operation():
+    seen = []
+
+    class Look(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Look():
+        F.mse_loss(x, t)
+    assert torch.ops.fastllm.mse_loss.default in seen
+
+
+@needs_extension
+def test_what_the_direct_call_does_not_serve():
+    from torch.autograd import forward_ad
+
+    serves = fastllm.backends._serves
+    assert serves(x, t, None, torch.nn.Parameter(t), torch.tensor([1])) and serves(x.half().t(), x.bfloat16())
+    nested = torch.nested.nested_tensor([t[0], t[1, :2]])
+    for tensor in (t.to_sparse(), nested, t.as_subclass(Logged), [1.0]):
+        assert not serves(tensor) and not serves(x, tensor)
+    for tensor in (None, t.int(), t.to(torch.complex64), t.to("meta")):
+        assert not serves(tensor)
+    inside = []
+    torch.func.vmap(lambda a: inside.append(serves(x, t)) or a)(t)
+    torch.func.grad(lambda a: inside.append(serves(x, t)) or a.sum())(t)
+    torch.func.functionalize(lambda a: inside.append(serves(x, t)) or a)(t)
+    with forward_ad.dual_level():
+        inside.append(serves(x, t))
+    for name in ("eager", "cpu"):
+        with fastllm.use_backend(name):
+            inside.append(serves(x, t))
+    assert inside == [False] * 6 and serves(x, t)
 
 
 def test_arguments_that_are_no_tensors():

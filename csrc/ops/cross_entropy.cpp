@@ -23,12 +23,12 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor
       checked_options("cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
   const Tensor logits = with_unit_stride(input);
   const RowLoss rows("cross_entropy", input.scalar_type(), input.size(1), target, weight, options);
-  const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
-  const Tensor loss = at::empty({input.size(0)}, acc), softmax = at::empty({2, input.size(0)}, acc);
+  const at::ScalarType dtype = input.scalar_type(), acc = acc_dtype(dtype);
+  const Tensor loss = pool::empty({input.size(0)}, acc), softmax = pool::empty({2, input.size(0)}, acc);
   const bool with_grad = need_grad && reduction != kNone;
-  const Tensor grad = with_grad ? pool::empty(input.sizes(), input.scalar_type()) : at::empty({0, 0}, input.options());
+  const Tensor grad = with_grad ? pool::empty(input.sizes(), dtype) : pool::empty({0, 0}, dtype);
   rows.forward(logits, 0, loss, softmax, with_grad ? grad : Tensor(), 1 / rows.divisor(), Tensor());
-  return {rows.reduced(loss, input.scalar_type()), softmax, grad};
+  return {rows.reduced(loss, dtype), softmax, grad};
 }
 
 void backward_into(const Tensor& grad_output, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
@@ -109,44 +109,39 @@ class Node : public torch::autograd::Function<Node> {
     auto [output, softmax, grad] =
         op.call(input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, early);
     ctx->save_for_backward({input, target, weight.value_or(Tensor()), softmax});
-    ctx->saved_data["integers"] = std::vector<int64_t>{reduction, ignore_index, inplace};
-    ctx->saved_data["numbers"] = std::vector<double>{label_smoothing, lse_square_scale, softcap.value_or(0)};
+    save_options(ctx, {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)}, inplace);
     if (early) ctx->saved_data["grad"] = grad;
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const backend::Restored restored(ctx);
-    const auto integers = ctx->saved_data["integers"].toIntList();
-    const auto numbers = ctx->saved_data["numbers"].toDoubleList();
-    const int64_t reduction = integers[0], ignore_index = integers[1];
-    const bool inplace = integers[2] != 0;
-    const double smoothing = numbers[0], z_loss = numbers[1], cap = numbers[2];
+    int64_t inplace;
+    const CrossEntropyOptions o = saved_options(ctx, &inplace);
     TORCH_CHECK(!ctx->saved_data.count("overwritten"),
                 "cross_entropy: a second backward through logits that inplace_backward=True has overwritten with their "
                 "gradient; use inplace_backward=False to keep the graph");
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &target = saved[1], &softmax = saved[3];
     const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
-    const std::optional<double> softcap = cap == 0 ? std::nullopt : std::optional<double>(cap);
+    const std::optional<double> softcap = o.softcap == 0 ? std::nullopt : std::optional<double>(o.softcap);
     const bool need_input = ctx->needs_input_grad(0), need_target = ctx->needs_input_grad(1);
     variable_list grads(9);
     if (at::GradMode::is_enabled() || need_target) {
       // Second derivatives, and the gradient of class probabilities: by the definition.
-      const variable_list found = differentiate(
-          [&](const variable_list& a) {
-            return cross_entropy_definition(a[0], a[1], weight, {reduction, ignore_index, smoothing, z_loss, cap});
-          },
-          {input, target}, {need_input, need_target}, grad_outputs[0]);
+      const variable_list found =
+          differentiate([&](const variable_list& a) { return cross_entropy_definition(a[0], a[1], weight, o); },
+                        {input, target}, {need_input, need_target}, grad_outputs[0]);
       grads[0] = found[0];
       grads[1] = found[1];
       return grads;
     }
     const Tensor& g = grad_outputs[0];
-    if (inplace && is_concrete(input, g)) {
+    if (inplace != 0 && is_concrete(input, g)) {
       static const auto op = plain_op<decltype(backward_inplace_cpu)>("fastllm::cross_entropy_backward_");
       const Tensor storage = input.detach();
-      op.call(g, storage, target, weight, softmax, reduction, ignore_index, smoothing, z_loss, softcap);
+      op.call(g, storage, target, weight, softmax, o.reduction, o.ignore_index, o.label_smoothing, o.lse_square_scale,
+              softcap);
       storage.unsafeGetTensorImpl()->bump_version();  // whoever else saved the logits is told
       ctx->saved_data["overwritten"] = true;
       grads[0] = storage;
@@ -156,11 +151,14 @@ class Node : public torch::autograd::Function<Node> {
     if (ctx->saved_data.count("grad") && is_concrete(g)) {
       static const auto correct = plain_op<decltype(correct_cpu)>("fastllm::cross_entropy_correct_");
       grads[0] = take_saved(ctx, "grad");
-      correct.call(g, input, target, weight, softmax, reduction, ignore_index, smoothing, z_loss, softcap, grads[0]);
+      if (g.is_cpu() && number_in(g) == 1.0) return grads;
+      correct.call(g, input, target, weight, softmax, o.reduction, o.ignore_index, o.label_smoothing,
+                   o.lse_square_scale, softcap, grads[0]);
       return grads;
     }
     static const auto op = plain_op<decltype(backward_cpu)>("fastllm::cross_entropy_backward");
-    grads[0] = op.call(g, input, target, weight, softmax, reduction, ignore_index, smoothing, z_loss, softcap);
+    grads[0] = op.call(g, input, target, weight, softmax, o.reduction, o.ignore_index, o.label_smoothing,
+                       o.lse_square_scale, softcap);
     return grads;
   }
 };

@@ -15,6 +15,26 @@ CrossEntropyOptions checked_options(const char* op, int64_t reduction, int64_t i
   return {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)};
 }
 
+void save_options(AutogradContext* ctx, const CrossEntropyOptions& o, int64_t flags) {
+  ctx->saved_data["options"] = o.reduction | flags << 2;
+  if (o.ignore_index != -100) ctx->saved_data["ignore_index"] = o.ignore_index;
+  if (o.label_smoothing != 0 || o.lse_square_scale != 0 || o.softcap != 0)
+    ctx->saved_data["numbers"] = std::vector<double>{o.label_smoothing, o.lse_square_scale, o.softcap};
+}
+
+CrossEntropyOptions saved_options(AutogradContext* ctx, int64_t* flags) {
+  const int64_t options = ctx->saved_data["options"].toInt();
+  *flags = options >> 2;
+  CrossEntropyOptions o{options & 3, -100, 0, 0, 0};
+  if (const auto found = ctx->saved_data.find("ignore_index"); found != ctx->saved_data.end())
+    o.ignore_index = found->second.toInt();
+  if (const auto found = ctx->saved_data.find("numbers"); found != ctx->saved_data.end()) {
+    const auto numbers = found->second.toDoubleList();
+    o.label_smoothing = numbers[0], o.lse_square_scale = numbers[1], o.softcap = numbers[2];
+  }
+  return o;
+}
+
 Tensor cross_entropy_definition(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                 const CrossEntropyOptions& o) {
   const Tensor z = o.softcap == 0 ? logits : at::tanh(logits / o.softcap) * o.softcap;
@@ -127,8 +147,8 @@ cpu::CrossEntropyRows RowLoss::rows(const Tensor& logits, int64_t first, const T
   r.label_smoothing = options_.label_smoothing;
   r.lse_square_scale = options_.lse_square_scale;
   r.softcap = options_.softcap;
-  r.row_max = softmax.select(0, 0).mutable_data_ptr();
-  r.row_log_sum = softmax.select(0, 1).mutable_data_ptr();
+  r.row_max = softmax.mutable_data_ptr();
+  r.row_log_sum = static_cast<char*>(r.row_max) + softmax.stride(0) * static_cast<int64_t>(softmax.element_size());
   if (grad.defined()) {
     r.grad = grad.mutable_data_ptr();
     r.grad_stride = grad.stride(0);
@@ -137,7 +157,7 @@ cpu::CrossEntropyRows RowLoss::rows(const Tensor& logits, int64_t first, const T
   r.row_scale = row_scale.defined() ? data(row_scale) : nullptr;
   if (!scratch_.defined()) {
     const auto acc = dtype_ == DType::kF64 ? at::kDouble : at::kFloat;
-    scratch_ = at::empty({cpu::cross_entropy_scratch(classes_) * num_threads()}, at::TensorOptions().dtype(acc));
+    scratch_ = pool::empty({cpu::cross_entropy_scratch(classes_) * num_threads()}, acc);
   }
   r.scratch = scratch_.mutable_data_ptr();
   return r;

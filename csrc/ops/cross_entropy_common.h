@@ -15,6 +15,11 @@ struct CrossEntropyOptions {
 CrossEntropyOptions checked_options(const char* op, int64_t reduction, int64_t ignore_index, double label_smoothing,
                                     double lse_square_scale, std::optional<double> softcap);
 
+// Options and up to 32 flags of a node. Numbers are stored only where they are not the default: an entry costs as much
+// as a small tensor.
+void save_options(AutogradContext* ctx, const CrossEntropyOptions& options, int64_t flags);
+CrossEntropyOptions saved_options(AutogradContext* ctx, int64_t* flags);
+
 // The definition in PyTorch's differentiable operations; logits (N, C), target (N) or (N, C), in logits' dtype.
 at::Tensor cross_entropy_definition(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                     const CrossEntropyOptions& options);

@@ -303,11 +303,8 @@ class Node : public torch::autograd::Function<Node> {
         forward_op().call(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
                           lse_square_scale, softcap, early && need_input, early && need_weight, early && need_bias);
     ctx->save_for_backward({input, linear_weight, target, linear_bias.value_or(Tensor()), weight.value_or(Tensor())});
-    // One integer, and the rest only where it is not the default: an entry costs as much as a small tensor.
-    ctx->saved_data["options"] = reduction | early << 2 | need_input << 3 | need_weight << 4 | need_bias << 5;
-    if (ignore_index != -100) ctx->saved_data["ignore_index"] = ignore_index;
-    if (label_smoothing != 0 || lse_square_scale != 0 || softcap.has_value())
-      ctx->saved_data["numbers"] = std::vector<double>{label_smoothing, lse_square_scale, softcap.value_or(0)};
+    save_options(ctx, {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)},
+                 early | need_input << 1 | need_weight << 2 | need_bias << 3);
     if (early && need_input) ctx->saved_data["grad_input"] = gi;
     if (early && need_weight) ctx->saved_data["grad_weight"] = gw;
     if (early && need_bias) ctx->saved_data["grad_bias"] = gb;
@@ -317,16 +314,10 @@ class Node : public torch::autograd::Function<Node> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const backend::Restored restored(ctx);
     const variable_list saved = ctx->get_saved_variables();
-    const int64_t options = ctx->saved_data["options"].toInt();
-    CrossEntropyOptions o{options & 3, -100, 0, 0, 0};
-    if (const auto found = ctx->saved_data.find("ignore_index"); found != ctx->saved_data.end())
-      o.ignore_index = found->second.toInt();
-    if (const auto found = ctx->saved_data.find("numbers"); found != ctx->saved_data.end()) {
-      const auto numbers = found->second.toDoubleList();
-      o.label_smoothing = numbers[0], o.lse_square_scale = numbers[1], o.softcap = numbers[2];
-    }
-    const bool early = (options & 4) != 0, need_input = (options & 8) != 0, need_weight = (options & 16) != 0,
-               need_bias = (options & 32) != 0;
+    int64_t flags;
+    const CrossEntropyOptions o = saved_options(ctx, &flags);
+    const bool early = (flags & 1) != 0, need_input = (flags & 2) != 0, need_weight = (flags & 4) != 0,
+               need_bias = (flags & 8) != 0;
     const OptionalTensor bias = saved[3].defined() ? OptionalTensor(saved[3]) : std::nullopt;
     const OptionalTensor weight = saved[4].defined() ? OptionalTensor(saved[4]) : std::nullopt;
     const Tensor& g = grad_outputs[0];

@@ -1,0 +1,161 @@
+#include "calls.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "backend.h"
+
+namespace fastllm {
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Each takes an object of exactly the Python type that the C++ type has, and says whether it did.
+bool take(PyObject* from, Tensor* to) {
+  if (!THPVariable_CheckExact(from)) return false;
+  *to = THPVariable_Unpack(from);
+  return true;
+}
+bool take(PyObject* from, int64_t* to) {
+  if (!PyLong_CheckExact(from)) return false;
+  int overflow = 0;
+  *to = PyLong_AsLongLongAndOverflow(from, &overflow);
+  return overflow == 0;
+}
+bool take(PyObject* from, double* to) {
+  if (!PyFloat_CheckExact(from)) return false;
+  *to = PyFloat_AS_DOUBLE(from);
+  return true;
+}
+bool take(PyObject* from, bool* to) {
+  *to = from == Py_True;
+  return PyBool_Check(from) != 0;
+}
+template <class T>
+bool take(PyObject* from, std::optional<T>* to) {
+  if (from == Py_None) return true;
+  T value{};
+  if (!take(from, &value)) return false;
+  *to = std::move(value);
+  return true;
+}
+
+// An operation of this signature, as it is registered: `operation<kIndex>` holds what its Python function needs.
+template <class... Args>
+struct Signature {
+  using Function = Tensor(Args...);
+  using Values = std::tuple<std::decay_t<Args>...>;
+};
+using Integer = int64_t;
+using Number = double;
+using Signatures =
+    std::tuple<Signature<const Tensor&, const Tensor&, Integer, bool, bool>,
+               Signature<const Tensor&, const Tensor&, const OptionalTensor&>,
+               Signature<const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&>,
+               Signature<const Tensor&, const Tensor&, const OptionalTensor&, Integer>,
+               Signature<const Tensor&, const Tensor&, const OptionalTensor&, Integer, Integer, Number, Number,
+                         std::optional<Number>, bool>,
+               Signature<const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                         Integer, Integer, Number, Number, std::optional<Number>>>;
+constexpr const char* kNames[] = {"embedding", "linear_relu",   "relu_mlp",
+                                  "mse_loss",  "cross_entropy", "linear_cross_entropy"};
+
+// torch.ops.fastllm.<name>.default. Never freed: it lives as long as the interpreter.
+PyObject* registered(const char* name) {
+  const py::object operations = py::module_::import("torch").attr("ops").attr("fastllm");
+  return py::object(operations.attr(name).attr("default")).release().ptr();
+}
+
+template <size_t kIndex>
+PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  using S = std::tuple_element_t<kIndex, Signatures>;
+  constexpr size_t kCount = std::tuple_size_v<typename S::Values>;
+  typename S::Values values;
+  const auto take_all = [&]<size_t... i>(std::index_sequence<i...>) {
+    return (take(args[i], &std::get<i>(values)) && ...);
+  };
+  if (at::impl::torch_function_mode_enabled() || count != static_cast<Py_ssize_t>(kCount) ||
+      !take_all(std::make_index_sequence<kCount>())) {
+    static PyObject* const fallback = registered(kNames[kIndex]);
+    return PyObject_Vectorcall(fallback, args, static_cast<size_t>(count), nullptr);
+  }
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow((std::string("fastllm::") + kNames[kIndex]).c_str(), "")
+                             .typed<typename S::Function>();
+  Tensor output;
+  {
+    const py::gil_scoped_release no_gil;
+    output = std::apply([&](const auto&... value) { return op.call(value...); }, values);
+  }
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
+// Device types on which `auto` finds a compiled backend.
+std::vector<c10::DeviceType> served;
+
+bool is_plain(PyObject* object) {
+  if (object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  const Tensor& tensor = THPVariable_Unpack(object);
+  return tensor.layout() == at::kStrided && !tensor.is_nested();
+}
+
+// serves(tensor, *others): whether `auto` is chosen and serves plain tensors as these, with no transform at work. Of
+// False the caller finds the reason.
+PyObject* serves(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (backend::current() != backend::kAuto) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < count; ++i)
+    if (!is_plain(args[i])) Py_RETURN_FALSE;
+  if (count == 0 || args[0] == Py_None) Py_RETURN_FALSE;
+  const c10::DispatchKeySet keys = c10::impl::tls_local_dispatch_key_set().included_;
+  if (keys.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+      keys.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
+      torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr)
+    Py_RETURN_FALSE;
+  const Tensor& tensor = THPVariable_Unpack(args[0]);
+  const at::ScalarType dtype = tensor.scalar_type();
+  if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kBFloat16 && dtype != at::kHalf) Py_RETURN_FALSE;
+  for (const c10::DeviceType device : served)
+    if (tensor.device().type() == device) Py_RETURN_TRUE;
+  Py_RETURN_FALSE;
+  END_HANDLE_TH_ERRORS
+}
+
+using Fastcall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+void define(py::module_& m, const char* name, Fastcall function, const char* doc) {
+  // Python keeps the definition's address: one for each function, never freed.
+  auto* definition =
+      new PyMethodDef{name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, doc};
+  m.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_New(definition, nullptr));
+}
+
+}  // namespace
+
+void define_calls(py::module_& m) {
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    (define(m, kNames[i], &call<i>, "The operation of torch.ops.fastllm, its arguments by position."), ...);
+  }(std::make_index_sequence<std::tuple_size_v<Signatures>>());
+  define(m, "serves", &serves, "serves(tensor, *others): whether the compiled operation serves plain tensors as these");
+  m.def("set_served_devices", [](const std::vector<std::string>& types) {
+    served.clear();
+    for (const std::string& type : types) served.push_back(c10::Device(type).type());
+  });
+}
+
+}  // namespace fastllm
