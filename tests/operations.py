@@ -153,14 +153,18 @@ _LOSS_OPTIONS = [
     (0.3, 1e-2, 5.0, False),
     (1.0, 0.0, 2.0, True),
 ]
+# Nearly all logits at the cap. Not in float64: in this gradient PyTorch's float64, the truth, is as wrong as ours.
+_AT_THE_CAP = (0.0, 0.0, 0.25, False)
 
 
 def cross_entropy_cases(dtype: torch.dtype) -> list[Case]:
     cases = []
     kinds = ["indices", "ignored", "int32", "probabilities"]
     for classes, reduction, (e, s, cap, weighted), kind in itertools.product(
-        [2, 16, 33, 1025], ["none", "mean", "sum"], _LOSS_OPTIONS, kinds
+        [2, 16, 33, 1025], ["none", "mean", "sum"], [*_LOSS_OPTIONS, _AT_THE_CAP], kinds
     ):
+        if cap == _AT_THE_CAP[2] and (kind != "indices" or dtype == torch.float64):
+            continue
         t = _targets(kind, 7, classes)
         w = torch.rand(classes) + 0.5 if weighted else None
         cases.append(

@@ -332,7 +332,7 @@ void gradient_from_exponentials(const Problem<T>& problem, int64_t row, const ac
 }
 
 // The gradient from the logits and their softmax: p_c = exp(z_c - max) / sum. kCap: z = softcap tanh(x / softcap), and
-// the gradient takes tanh's derivative 1 - (z / softcap)^2.
+// the gradient takes tanh's derivative 4 e / (1 + e)^2, e = exp(-2 |x| / softcap), which keeps its digits near the cap.
 template <class T, bool kCap>
 void gradient_from_softmax(const Problem<T>& problem, int64_t row, const acc_t<T>* z, Softmax<acc_t<T>> softmax,
                            acc_t<T> mass) {
@@ -341,7 +341,16 @@ void gradient_from_softmax(const Problem<T>& problem, int64_t row, const acc_t<T
   const T* q = problem.probabilities(row);
   const RowTerms<A> terms = problem.terms(row, mass, softmax.lse());
   const A share = 1 / softmax.sum, scale = with_plain_nan(share * terms.probability);
-  const A inverse_cap = kCap ? static_cast<A>(1 / problem.r.softcap) : A(0);
+  const A cap = static_cast<A>(problem.r.softcap);
+  const auto slope = [&](vec<A> v) {
+    if constexpr (std::is_same_v<T, double>) {  // as PyTorch takes it: the yardstick of the other dtypes
+      const vec<A> tanh = tanh_of(v / cap);
+      return 1 - tanh * tanh;
+    } else {
+      const vec<A> e = exp_nonpositive(-magnitude(v) * (2 / cap));
+      return 4 * e / ((1 + e) * (1 + e));
+    }
+  };
   const auto logit = [&](int64_t i, int64_t some) {
     if constexpr (kCap)
       return load_some(z + i, some);
@@ -354,13 +363,13 @@ void gradient_from_softmax(const Problem<T>& problem, int64_t row, const acc_t<T
   if (terms.y >= 0) {
     const A value = at(terms.y);
     truth = terms.at_class(std::exp(value - softmax.max) * share, problem.weight_of(terms.y));
-    if (kCap) truth *= 1 - (value * inverse_cap) * (value * inverse_cap);
+    if (kCap) truth *= slope(splat(to_acc(x[terms.y])))[0];
   }
   const Sink<T> sink{grad, streams<T>(problem.r)};
   const auto value = [&](int64_t i, int64_t some) {
     const vec<A> v = logit(i, some);
     vec<A> g = less_target(problem, q, terms, exp_of<T>(v - softmax.max) * scale, i, some);
-    if constexpr (kCap) g *= 1 - (v * inverse_cap) * (v * inverse_cap);
+    if constexpr (kCap) g *= slope(load_some(x + i, some));
     return g;
   };
   if constexpr (in_pairs<T> && !kCap) {
@@ -385,8 +394,11 @@ void fill_zero(T* x, int64_t n) {
 template <class T>
 void softcapped(const T* x, acc_t<T>* z, double cap, int64_t n) {
   using A = acc_t<T>;
-  const A c = static_cast<A>(cap), inverse = static_cast<A>(1 / cap);
-  for (int64_t i = 0; i < n; ++i) z[i] = c * std::tanh(to_acc(x[i]) * inverse);
+  constexpr int w = lanes<T>;
+  const A c = static_cast<A>(cap);
+  int64_t i = 0;
+  for (; i + w <= n; i += w) store(z + i, tanh_of(load(x + i) / c) * c);
+  if (i < n) store_partial(z + i, tanh_of(load_partial(x + i, n - i, A(0)) / c) * c, n - i);
 }
 
 // Loss and lse of a row given its softmax; x: the logits that the softmax was taken of.

@@ -326,6 +326,32 @@ FASTLLM_INLINE vec_f64 exp_nonpositive(vec_f64 x) {
   return y;
 }
 
+template <class V>
+FASTLLM_INLINE V magnitude(V x) {
+  using Bits = std::conditional_t<std::is_same_v<V, vec_f64>, vec_i64, vec_i32>;
+  return reinterpret_cast<V>(reinterpret_cast<Bits>(x) & (reinterpret_cast<Bits>(-V{}) ^ -1));
+}
+
+// tanh x = (1 - e) / (1 + e) with e = exp(-2 |x|), and the sign of x; below 1/2, where that cancels, x + x^3 p(x^2), p
+// of degree 4 fitted to least relative error (4.2e-9). NaN stays NaN.
+FASTLLM_INLINE vec_f32 tanh_of(vec_f32 x) {
+  const vec_f32 size = magnitude(x), e = exp_nonpositive(-2.0f * size), quotient = (1.0f - e) / (1.0f + e);
+  const vec_f32 far = x < 0.0f ? -quotient : quotient;
+  const vec_f32 square = x * x;
+  vec_f32 p = splat(-6.6474816e-3f);
+  p = p * square + 2.1297988e-2f;
+  p = p * square - 5.3899191e-2f;
+  p = p * square + 1.3332964e-1f;
+  p = p * square - 3.3333328e-1f;
+  return size < 0.5f ? x + x * square * p : far;
+}
+
+FASTLLM_INLINE vec_f64 tanh_of(vec_f64 x) {
+  vec_f64 y;
+  for (int i = 0; i < lanes<double>; ++i) y[i] = std::tanh(x[i]);
+  return y;
+}
+
 // exp as precise as results of storage type T can show.
 template <class T>
 FASTLLM_INLINE vec<acc_t<T>> exp_of(vec<acc_t<T>> x) {

@@ -78,13 +78,25 @@ def _shares(columns, mask, q_row, weight, even, y_share, y,
 
 
 @triton.jit
-def _gradient(x, top, log_sum, pull, share, scale, softcap, SOFTCAP: tl.constexpr):
-    """Gradient of scale * loss: pull is sum_c share_c + 2 s lse."""
-    d = tl.exp(x - top - log_sum) * pull - share
+def _slope(pointer, mask, softcap, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
+    """The derivative of softcap tanh(x / softcap) by x."""
     if SOFTCAP:
-        tanh = x / softcap
-        d *= 1 - tanh * tanh
-    return d * scale
+        u = tl.load(pointer, mask=mask, other=0.0).to(ACC) / softcap
+        if ACC == tl.float64:  # as PyTorch takes it: the yardstick of the other dtypes
+            tanh = _tanh(u, ACC)
+            slope = 1 - tanh * tanh
+        else:  # keeps its digits near the cap
+            e = tl.exp(-2 * tl.abs(u))
+            slope = 4 * e / ((1 + e) * (1 + e))
+    else:
+        slope = tl.full((), 1.0, ACC)
+    return slope
+
+
+@triton.jit
+def _gradient(x, top, log_sum, pull, share, scale, slope):
+    """Gradient of scale * loss: pull is sum_c share_c + 2 s lse; slope, the softcap's at x."""
+    return (tl.exp(x - top - log_sum) * pull - share) * slope * scale
 
 
 @triton.jit
@@ -129,13 +141,15 @@ def _write_gradient(logits_row, grad_row, q_row, weight, head, groups, classes, 
     edge_share = _shares(
         edge_columns, edge_mask, q_row, weight, even, y_share, y, PROBABILITIES, WEIGHTED, SMOOTHED, ACC
     )
-    d_edge = _gradient(x_edge, top, log_sum, pull, edge_share, scale, softcap, SOFTCAP)
+    edge_slope = _slope(logits_row + edge_columns, edge_mask, softcap, SOFTCAP, ACC)
+    d_edge = _gradient(x_edge, top, log_sum, pull, edge_share, scale, edge_slope)
     tl.store(grad_row + edge_columns, d_edge.to(grad_row.dtype.element_ty), mask=edge_mask)
     for first in tl.range(0, groups, GROUPS):
         columns, mask = _group_columns(first, head, groups, GROUPS, VEC)
         x = _logits(_aligned(logits_row, head, first, GROUPS, VEC, BYTES), mask, softcap, SOFTCAP, ACC)
         share = _shares(columns, mask, q_row, weight, even, y_share, y, PROBABILITIES, WEIGHTED, SMOOTHED, ACC)
-        d = _gradient(x, top, log_sum, pull, share, scale, softcap, SOFTCAP)
+        slope = _slope(_aligned(logits_row, head, first, GROUPS, VEC, BYTES), mask, softcap, SOFTCAP, ACC)
+        d = _gradient(x, top, log_sum, pull, share, scale, slope)
         tl.store(_aligned(grad_row, head, first, GROUPS, VEC, BYTES), d.to(grad_row.dtype.element_ty), mask=mask)
 
 
@@ -247,12 +261,14 @@ def _forward(
         pull = shares + 2 * lse_square_scale * lse
         if ONE_TILE:
             share = _shares(columns, mask, q_row, weight, even, y_share, y, PROBABILITIES, WEIGHTED, SMOOTHED, ACC)
-            d = _gradient(x_edge, top, log_sum, pull, share, scale, softcap, SOFTCAP)
+            slope = _slope(logits_row + columns, mask, softcap, SOFTCAP, ACC)
+            d = _gradient(x_edge, top, log_sum, pull, share, scale, slope)
             tl.store(grad_row + columns, d.to(grad.dtype.element_ty), mask=mask)
             share = _shares(
                 tile_columns, tile_mask, q_row, weight, even, y_share, y, PROBABILITIES, WEIGHTED, SMOOTHED, ACC
             )
-            d = _gradient(x, top, log_sum, pull, share, scale, softcap, SOFTCAP)
+            slope = _slope(_aligned(logits_row, head, 0, GROUPS, VEC, BYTES), tile_mask, softcap, SOFTCAP, ACC)
+            d = _gradient(x, top, log_sum, pull, share, scale, slope)
             tl.store(_aligned(grad_row, head, 0, GROUPS, VEC, BYTES), d.to(grad.dtype.element_ty), mask=tile_mask)
         else:
             _write_gradient(
