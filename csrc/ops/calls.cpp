@@ -13,14 +13,12 @@
 #include <utility>
 #include <vector>
 
-#include "backend.h"
+#include "common.h"
 
 namespace fastllm {
 namespace {
 
 namespace py = pybind11;
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // Each takes an object of exactly the Python type that the C++ type has, and says whether it did.
 bool take(PyObject* from, Tensor* to) {
@@ -52,7 +50,7 @@ bool take(PyObject* from, std::optional<T>* to) {
   return true;
 }
 
-// An operation of this signature, as it is registered: `operation<kIndex>` holds what its Python function needs.
+// The operations' signatures as they are registered, in the order of their names.
 template <class... Args>
 struct Signature {
   using Function = Tensor(Args...);
@@ -128,8 +126,7 @@ PyObject* serves(PyObject*, PyObject* const* args, Py_ssize_t count) {
       torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr)
     Py_RETURN_FALSE;
   const Tensor& tensor = THPVariable_Unpack(args[0]);
-  const at::ScalarType dtype = tensor.scalar_type();
-  if (dtype != at::kFloat && dtype != at::kDouble && dtype != at::kBFloat16 && dtype != at::kHalf) Py_RETURN_FALSE;
+  if (!is_served_dtype(tensor.scalar_type())) Py_RETURN_FALSE;
   for (const c10::DeviceType device : served)
     if (tensor.device().type() == device) Py_RETURN_TRUE;
   Py_RETURN_FALSE;
