@@ -8,7 +8,9 @@
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <iterator>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -70,11 +72,9 @@ using Signatures =
 constexpr const char* kNames[] = {"embedding", "linear_relu",   "relu_mlp",
                                   "mse_loss",  "cross_entropy", "linear_cross_entropy"};
 
-// torch.ops.fastllm.<name>.default. Never freed: it lives as long as the interpreter.
-PyObject* registered(const char* name) {
-  const py::object operations = py::module_::import("torch").attr("ops").attr("fastllm");
-  return py::object(operations.attr(name).attr("default")).release().ptr();
-}
+// torch.ops.fastllm.<name>.default, held as long as the interpreter lives. Looked up at import: the lookup runs Python,
+// which may hand the interpreter to a thread that would wait for a static variable's initialisation, for ever.
+PyObject* fallbacks[std::size(kNames)];
 
 template <size_t kIndex>
 PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -87,8 +87,7 @@ PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   };
   if (at::impl::torch_function_mode_enabled() || count != static_cast<Py_ssize_t>(kCount) ||
       !take_all(std::make_index_sequence<kCount>())) {
-    static PyObject* const fallback = registered(kNames[kIndex]);
-    return PyObject_Vectorcall(fallback, args, static_cast<size_t>(count), nullptr);
+    return PyObject_Vectorcall(fallbacks[kIndex], args, static_cast<size_t>(count), nullptr);
   }
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow((std::string("fastllm::") + kNames[kIndex]).c_str(), "")
@@ -145,6 +144,9 @@ void define(py::module_& m, const char* name, Fastcall function, const char* doc
 }  // namespace
 
 void define_calls(py::module_& m) {
+  const py::object operations = py::module_::import("torch").attr("ops").attr("fastllm");
+  for (size_t i = 0; i < std::size(kNames); ++i)
+    fallbacks[i] = py::object(operations.attr(kNames[i]).attr("default")).release().ptr();
   [&]<size_t... i>(std::index_sequence<i...>) {
     (define(m, kNames[i], &call<i>, "The operation of torch.ops.fastllm, its arguments by position."), ...);
   }(std::make_index_sequence<std::tuple_size_v<Signatures>>());
