@@ -116,6 +116,17 @@ def test_id_out_of_range(bad, ids_dtype):
         F.embedding(ids, torch.randn(5, 3))
 
 
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("bad", [-1, 5])
+@pytest.mark.parametrize("position", [511, 512, 1300])
+def test_id_out_of_range_among_many(position, bad, ids_dtype):
+    """Ids are checked in blocks: whichever block it stands in, the first bad one is named."""
+    ids = torch.arange(1301).remainder(5).to(ids_dtype)
+    ids[position:] = bad
+    with pytest.raises(IndexError, match=rf"embedding: input .*\[0, 5\).* got {bad} at position {position}"):
+        F.embedding(ids, torch.randn(5, 3))
+
+
 def test_large_table_few_ids():
     weight = torch.randn(200_000, 16, requires_grad=True)
     ids = torch.tensor([199_999, 0, 199_999])
