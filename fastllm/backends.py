@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fastllm import _native, triton
+from fastllm import _native, flops, triton
 from fastllm._version import __version__
 
 OPERATIONS = ("embedding", "linear_relu", "relu_mlp", "mse_loss", "cross_entropy", "linear_cross_entropy")
@@ -169,6 +169,7 @@ if _native.extension is not None:
     _DIRECT = {op: getattr(_native.extension, op) for op in OPERATIONS}
     _serves = _native.extension.serves
     _native.extension.set_served_devices(["cpu", *_ACCELERATORS])
+    flops.register()
 else:
 
     def _serves(*tensors: torch.Tensor | None) -> bool:
