@@ -234,7 +234,7 @@ def write_ninja(path, target, cxx, torch, cpp_extension, python_include, cuda=No
     if cuda is not None:
         steps += cuda_compile_steps(path.parent, cuda)
         link += [f"-L'{cuda.home / directory}'" for directory in ("lib64", "lib")]
-        link += ["-lc10_cuda", "-ltorch_cuda", "-lcudart", "-ldl"]
+        link += ["-lc10_cuda", "-ltorch_cuda", "-lcudart"]
     lines = [
         f"cxx = {cxx}",
         "rule compile",

@@ -1,10 +1,12 @@
 // fastllm._C: importing it registers the operations; it calls them, tells what was built, and steers the choice of
 // backend and the memory pool.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cpu/isa.h"
 #include "ops/backend.h"
 #include "ops/calls.h"
+#include "ops/declared.h"
 #include "ops/gemm.h"
 #include "ops/pool.h"
 
@@ -14,7 +16,13 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastllm's compiled operations (torch.ops.fastllm), backend switch and memory pool";
   m.def("cpu_capability", [] { return fastllm::cpu::isa_name(fastllm::cpu::current_isa()); });
   m.def("float32_gemm_library", &fastllm::float32_gemm_library);
-  fastllm::backend::declare_namespaces();
+  m.def("complete_declarations", [](const std::vector<std::tuple<std::string, bool, std::vector<bool>, int64_t>>& rules,
+                                    const std::vector<std::string>& kernels) {
+    std::vector<fastllm::AutocastRule> autocast;
+    for (const auto& [operation, lower_precision, casts, flag] : rules)
+      autocast.push_back({operation, lower_precision, casts, flag});
+    fastllm::complete_declarations(autocast, kernels);
+  });
   fastllm::define_calls(m);
   m.def("current_backend", &fastllm::backend::current);
   m.def("set_process_backend", &fastllm::backend::set_for_process);

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,11 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fastllm import _native, flops, triton
+from fastllm import _native, operations, triton
 from fastllm._version import __version__
-
-OPERATIONS = ("embedding", "linear_relu", "relu_mlp", "mse_loss", "cross_entropy", "linear_cross_entropy")
-DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+from fastllm.operations import DTYPES
+from fastllm.operations import NAMES as OPERATIONS
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ TABLE = {  # in the order in which "auto" asks them
     "eager": Backend("eager", _ALL, (), frozenset(), None),
 }
 NAMES = ("auto", *TABLE)  # their numbers in csrc/ops/backend.h
+if _native.extension is None:
+    operations.implement_in_python(operations.OPERATIONS)
 if TABLE["triton"].missing is None:
     triton.register()
 
@@ -153,23 +155,21 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 _STRIDED = torch.strided
 _CPU_READY = TABLE["cpu"].missing is None
+_CUDA_READY = TABLE["cuda"].missing is None
 _ACCELERATORS = frozenset(
     kind
     for kind in ("cuda", "xpu")
-    for name in ("cuda", "triton")
-    if not TABLE[name].missing and kind in TABLE[name].device_types
-)  # device types with compiled kernels
+    if (_CUDA_READY and kind == "cuda") or (TABLE["triton"].missing is None and kind in TABLE["triton"].device_types)
+)  # device types for which there are kernels
 _in_transform = torch._C._are_functorch_transforms_active  # the form that torch.compile traces to the right constant
 
 # The operations twice: as torch.compile can trace them, and called from C (csrc/ops/calls.h says why) where `_serves`.
-_TRACEABLE: dict[str, Callable[..., torch.Tensor]] = {}
-_DIRECT: dict[str, Callable[..., torch.Tensor]] = {}
+_TRACEABLE = {op: getattr(torch.ops.fastllm, op).default for op in OPERATIONS}
 if _native.extension is not None:
-    _TRACEABLE = {op: getattr(torch.ops.fastllm, op).default for op in OPERATIONS}
-    _DIRECT = {op: getattr(_native.extension, op) for op in OPERATIONS}
+    _DIRECT: dict[str, Callable[..., torch.Tensor]] = {op: getattr(_native.extension, op) for op in OPERATIONS}
     _serves = _native.extension.serves
-    _native.extension.set_served_devices(["cpu", *_ACCELERATORS])
-    flops.register()
+    # Triton is tried first: `_triton_refusal` adds its devices.
+    _native.extension.set_served_devices(["cpu", "cuda"] if _CUDA_READY else ["cpu"])
 else:
 
     def _serves(*tensors: torch.Tensor | None) -> bool:
@@ -189,6 +189,34 @@ def _is_traced(op: str, tensor: object) -> bool:
     if hasattr(type(tensor), "__torch_function__"):
         return False
     raise TypeError(f"{op}: arguments must be tensors, got one of type {type(tensor).__name__}")
+
+
+_told: set[str] = set()  # reasons of which there has been a warning
+
+
+@torch.compiler.assume_constant_result
+def _triton_refusal(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why Triton cannot serve ``op`` on a GPU, or None. It is tried once: what it lacks shows at a launch alone."""
+    from fastllm.triton import probe
+
+    reason = probe.why_not_operation(op, dtype, device)
+    if reason is None and _native.extension is not None and probe.serves_every_device(device.type):
+        _native.extension.set_served_devices(["cpu", device.type])  # from now on without a look from Python
+    return reason
+
+
+def _accelerator_serves(op: str, tensor: torch.Tensor) -> bool:
+    """Whether ``auto`` has kernels for a tensor of a GPU; if not, PyTorch serves, and one warning says why."""
+    kind = tensor.device.type
+    if kind not in _ACCELERATORS:
+        return False
+    if kind == "cuda" and _CUDA_READY:
+        return True
+    reason = _triton_refusal(op, tensor.dtype, tensor.device)
+    if reason is not None and reason not in _told and not torch.compiler.is_compiling():
+        _told.add(reason)
+        warnings.warn(f"fastllm: {reason}; {op} takes the eager backend on {tensor.device}.", stacklevel=4)
+    return reason is None
 
 
 def holds_numbers(*tensors: torch.Tensor) -> bool:
@@ -226,9 +254,13 @@ def native(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> Calla
     if _in_transform() or forward_ad._current_level >= 0:
         return None
     if name == "auto":
-        ready = _CPU_READY if tensor.is_cpu else tensor.device.type in _ACCELERATORS
-        return _TRACEABLE[op] if ready and dense and tensor.dtype in DTYPES else None
+        if not dense or tensor.dtype not in DTYPES:
+            return None
+        ready = _CPU_READY if tensor.is_cpu else _accelerator_serves(op, tensor)
+        return _TRACEABLE[op] if ready else None
     reason = TABLE[name].refusal(op, tensor) if dense else "it serves dense tensors, got a sparse or nested one"
+    if reason is None and name == "triton" and tensor.device.type in _ACCELERATORS:
+        reason = _triton_refusal(op, tensor.dtype, tensor.device)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {name!r} cannot serve this call: {reason}")
     return _TRACEABLE[op]

@@ -453,6 +453,7 @@ def linear_cross_entropy(
         label_smoothing,
         lse_square_scale,
         softcap,
+        False,
     )
 
 

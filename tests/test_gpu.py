@@ -141,26 +141,11 @@ def test_products_with_an_epilogue(way, dtype, m, h, k, n):
 @on_gpu
 def test_relu_of_nan(way, request):
     if way == "library":
-        request.applymarker(pytest.mark.xfail(strict=False, reason="cuBLASLt does not say what its ReLU makes of NaN"))
+        request.applymarker(pytest.mark.xfail(strict=False, reason="the library does not say what its ReLU makes of NaN"))
     x, w = torch.randn(130, 64), torch.eye(64)
     x[5, 3], x[129, 63], w[7, 7] = float("nan"), float("-inf"), float("inf")
     x, w = x.bfloat16(), w.bfloat16()
     torch.testing.assert_close(F.linear_relu(x, w), torch.relu(TF.linear(x, w)), equal_nan=True)
-
-
-@on_gpu
-def test_a_timed_choice_of_the_library(way, monkeypatch):
-    """FASTLLM_AUTOTUNE=1 times algorithms on the first call of a shape, and never while a graph is captured."""
-    monkeypatch.setenv("FASTLLM_AUTOTUNE", "1")
-    x, w = torch.randn(300, 200, dtype=torch.bfloat16), torch.randn(400, 200, dtype=torch.bfloat16)
-    expected = torch.relu(TF.linear(x, w))
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        captured = F.linear_relu(x, w)
-    graph.replay()
-    for output in (captured, F.linear_relu(x[:290], w), F.linear_relu(x[:290], w)):
-        torch.testing.assert_close(output, expected[: len(output)], rtol=2e-2, atol=2e-2)
 
 
 @on_gpu

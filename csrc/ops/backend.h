@@ -1,12 +1,14 @@
-// Which backend serves the plain operations (`*_forward`, `*_backward`, ...) on tensors of an accelerator.
+// Which backend serves the kernel operations (`*_forward`, `*_backward`, ...) on tensors of an accelerator.
 //
-// Every backend registers kernels under the plain operations' names in a namespace of its own: `fastllm_cuda` (C++) and
-// `fastllm_triton` (Python). On CUDA and XPU tensors the operations of `fastllm` are one boxed function that passes the
-// call on to the chosen namespace.
+// Every backend registers kernels under the kernel operations' names in a namespace of its own: `fastllm_cuda` (C++)
+// and `fastllm_triton` (Python). On CUDA and XPU tensors the operations of `fastllm` are one boxed function that passes
+// the call on to the chosen namespace.
 #pragma once
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace fastllm::backend {
 
@@ -17,8 +19,8 @@ int64_t current();
 void set_for_process(int64_t choice);
 void set_for_thread(int64_t choice);
 
-// Declares every plain operation in the backends' namespaces. Once, when the module is imported.
-void declare_namespaces();
+// Passes kernel operations on CUDA and XPU tensors on to the chosen backend. Once, when the module has been imported.
+void route(const std::vector<std::string>& kernels);
 
 // A backward pass runs in threads of the autograd engine: it takes the backend of its forward pass along.
 void save(torch::autograd::AutogradContext* ctx);

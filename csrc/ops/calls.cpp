@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common.h"
+#include "operations.h"
 
 namespace fastllm {
 namespace {
@@ -52,23 +53,18 @@ bool take(PyObject* from, std::optional<T>* to) {
   return true;
 }
 
-// The operations' signatures as they are registered, in the order of their names.
+template <class Function>
+struct Signature;
 template <class... Args>
-struct Signature {
+struct Signature<Tensor(Args...)> {
   using Function = Tensor(Args...);
   using Values = std::tuple<std::decay_t<Args>...>;
 };
-using Integer = int64_t;
-using Number = double;
-using Signatures =
-    std::tuple<Signature<const Tensor&, const Tensor&, Integer, bool, bool>,
-               Signature<const Tensor&, const Tensor&, const OptionalTensor&>,
-               Signature<const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&>,
-               Signature<const Tensor&, const Tensor&, const OptionalTensor&, Integer>,
-               Signature<const Tensor&, const Tensor&, const OptionalTensor&, Integer, Integer, Number, Number,
-                         std::optional<Number>, bool>,
-               Signature<const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                         Integer, Integer, Number, Number, std::optional<Number>>>;
+template <class Function>
+using SignatureOf = Signature<typename detail::FlatFunction<Function>::Function>;
+using Signatures = std::tuple<SignatureOf<decltype(embedding)>, SignatureOf<decltype(linear_relu)>,
+                              SignatureOf<decltype(relu_mlp)>, SignatureOf<decltype(mse_loss)>,
+                              SignatureOf<decltype(cross_entropy)>, SignatureOf<decltype(linear_cross_entropy)>>;
 constexpr const char* kNames[] = {"embedding", "linear_relu",   "relu_mlp",
                                   "mse_loss",  "cross_entropy", "linear_cross_entropy"};
 

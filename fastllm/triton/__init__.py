@@ -16,54 +16,38 @@ from collections.abc import Callable
 import torch
 
 from fastllm import _native
+from fastllm.operations import OPERATIONS
 
 TRITON = 3  # the backend's number in csrc/ops/backend.h
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE_TYPES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")
-LAUNCHERS = {  # plain operation: module, function
-    "cross_entropy_forward": ("cross_entropy", "forward"),
-    "cross_entropy_backward": ("cross_entropy", "backward"),
-    "cross_entropy_backward_": ("cross_entropy", "backward_"),
-    "cross_entropy_correct_": ("cross_entropy", "correct_"),
-    "embedding_forward": ("embedding", "forward"),
-    "embedding_backward": ("embedding", "backward"),
-    "linear_cross_entropy_forward": ("linear_cross_entropy", "forward"),
-    "linear_cross_entropy_backward": ("linear_cross_entropy", "backward"),
-    "linear_cross_entropy_scale_": ("linear_cross_entropy", "scale_"),
-    "linear_relu_forward": ("linear_relu", "forward"),
-    "linear_relu_backward": ("linear_relu", "backward"),
-    "mse_loss_forward": ("mse_loss", "forward"),
-    "mse_loss_backward": ("mse_loss", "backward"),
-    "mse_loss_correct_": ("mse_loss", "correct_"),
-    "relu_mlp_forward": ("relu_mlp", "forward"),
-    "relu_mlp_backward": ("relu_mlp", "backward"),
-}
 
 
 def why_missing() -> str | None:
     """Why this backend cannot be used, or None."""
-    if _native.MISSING is not None:
-        return _native.MISSING
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
     return None
 
 
-def _launcher(module: str, function: str) -> Callable:
+def _launcher(operation: str, kernel: str) -> Callable:
+    """``mse_loss_forward`` of ``mse_loss``: the function ``forward`` of ``fastllm/triton/mse_loss.py``."""
     found = None
 
     def launch(*args):
         nonlocal found
         if found is None:
-            found = getattr(importlib.import_module(f"fastllm.triton.{module}"), function)
+            found = getattr(
+                importlib.import_module(f"fastllm.triton.{operation}"), kernel.removeprefix(f"{operation}_")
+            )
         return found(*args)
 
     return launch
 
 
-def _interpreted(operation: str, launch: Callable) -> Callable:
-    """The CPU kernel of a plain operation, unless the chosen backend is Triton: then its interpreter."""
-    compiled = torch.library.get_kernel(f"fastllm::{operation}", "CPU")
+def _interpreted(kernel: str, launch: Callable) -> Callable:
+    """The compiled CPU kernel of a kernel operation, unless the chosen backend is Triton: then its interpreter."""
+    compiled = torch.library.get_kernel(f"fastllm::{kernel}", "CPU")
 
     def call(keys, *args):
         if _native.extension.current_backend() == TRITON:
@@ -77,14 +61,25 @@ _libraries: list[torch.library.Library] = []  # registrations last as long as th
 
 
 def register() -> None:
-    """Register every launcher, once."""
+    """Register every launcher, once.
+
+    With the compiled extension, ``fastllm`` routes tensors of a GPU to the backend that is chosen; without it, Triton is
+    the only one that implements the kernel operations.
+    """
+    routed = _native.extension is not None
     backend, plain = torch.library.Library("fastllm_triton", "IMPL"), torch.library.Library("fastllm", "IMPL")
     _libraries.extend((backend, plain))
-    for operation, (module, function) in LAUNCHERS.items():
-        launch = _launcher(module, function)
-        for key in ("CUDA", "XPU"):
-            backend.impl(operation, launch, key)
-        if INTERPRETED:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Warning only once for all operators")
-                plain.impl(operation, _interpreted(operation, launch), "CPU", with_keyset=True, allow_override=True)
+    for operation in OPERATIONS:
+        for kernel in operation.kernels:
+            launch = _launcher(operation.name, kernel.name)
+            for key in ("CUDA", "XPU"):
+                backend.impl(kernel.name, launch, key)
+                if not routed:
+                    plain.impl(kernel.name, launch, key)
+            if INTERPRETED and not routed:
+                plain.impl(kernel.name, launch, "CPU")
+            elif INTERPRETED:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="Warning only once for all operators")
+                    interpreted = _interpreted(kernel.name, launch)
+                    plain.impl(kernel.name, interpreted, "CPU", with_keyset=True, allow_override=True)

@@ -100,8 +100,12 @@ def _matmul(
 
 
 def serves(a: Tensor) -> bool:
-    """Whether the kernel, rather than PyTorch's library, multiplies operands like ``a``."""
-    return a.dtype in (torch.bfloat16, torch.float16)
+    """Whether the kernel, rather than PyTorch's library, multiplies operands like ``a``.
+
+    Never on a GPU older than sm_80, for which there are no tiles.
+    """
+    kind, generation = target(a.device)
+    return a.dtype in (torch.bfloat16, torch.float16) and (kind != "cuda" or generation >= 8)
 
 
 def target(device: torch.device) -> tuple[str, int]:

@@ -2,7 +2,6 @@
 // gemm_mma.cu, gemm_wgmma.cu.
 #include <cstdlib>
 
-#include "../../cuda/cublaslt.h"
 #include "../../cuda/gemm.h"
 #include "../../cuda/linear_relu.h"
 #include "call.h"
@@ -10,49 +9,46 @@
 namespace fastllm::cuda {
 namespace {
 
-// --- who multiplies -----------------------------------------------------------------------------------------------
+// --- the GEMM of products with an epilogue ------------------------------------------------------------------------
 
-// For the products that have an epilogue of their own: relu(x W^T + b), and the hidden gradient of relu_mlp.
-enum class Way {
+// For relu(x W^T + b), and the hidden gradient of relu_mlp.
+enum class Gemm {
   kPlain,    // PyTorch's library, then a pass of ours
-  kLibrary,  // cuBLASLt's epilogue (bias and ReLU), whose ReLU of NaN is not known; the hidden gradient by kPlain
+  kLibrary,  // PyTorch's own epilogue (bias and ReLU), whose ReLU of NaN is not known; the hidden gradient by kPlain
   kMma,      // ours
   kWgmma,    // ours for Hopper; the hidden gradient by kMma
 };
 
 // FASTLLM_CUDA_GEMM, if it is set.
-std::optional<Way> forced_way(const char* op) {
+std::optional<Gemm> forced_gemm(const char* op) {
   const char* name = std::getenv("FASTLLM_CUDA_GEMM");
   if (name == nullptr || *name == '\0') return std::nullopt;
   const std::string_view asked = name;
-  if (asked == "plain") return Way::kPlain;
-  if (asked == "library") return Way::kLibrary;
-  if (asked == "mma") return Way::kMma;
-  if (asked == "wgmma") return Way::kWgmma;
+  if (asked == "plain") return Gemm::kPlain;
+  if (asked == "library") return Gemm::kLibrary;
+  if (asked == "mma") return Gemm::kMma;
+  if (asked == "wgmma") return Gemm::kWgmma;
   TORCH_CHECK(false, op, ": FASTLLM_CUDA_GEMM must be plain, library, mma or wgmma, got ", name);
 }
 
-// A way that was asked for is taken or refused. Without a wish kPlain: right for every dtype, size and NaN, and none of
+// What FASTLLM_CUDA_GEMM asks for is taken or refused. Without it kPlain: right for every dtype, size and NaN, and none of
 // the others has been timed on a GPU.
-Way choose(const char* op, const Product& p) {
-  const std::optional<Way> forced = forced_way(op);
-  if (!forced.has_value() || *forced == Way::kPlain) return Way::kPlain;
+Gemm select_gemm(const char* op, const Product& p) {
+  const std::optional<Gemm> forced = forced_gemm(op);
+  if (!forced.has_value() || *forced == Gemm::kPlain) return Gemm::kPlain;
   const auto refuse_unless = [&](bool possible, const char* needed) {
     TORCH_CHECK(possible, op, ": FASTLLM_CUDA_GEMM=", std::getenv("FASTLLM_CUDA_GEMM"), " needs ", needed);
   };
+  if (*forced == Gemm::kLibrary) return p.hidden == nullptr ? Gemm::kLibrary : Gemm::kPlain;
   refuse_unless(p.dtype == DType::kBF16 || p.dtype == DType::kF16, "bfloat16 or float16");
-  if (*forced == Way::kLibrary) {
-    refuse_unless(cublaslt_available(), "cuBLASLt, which was not found");
-    return p.hidden == nullptr ? Way::kLibrary : Way::kPlain;
-  }
-  if (*forced == Way::kWgmma) {
+  if (*forced == Gemm::kWgmma) {
     refuse_unless(gemm_wgmma_runs(), "a GPU of compute capability 9.0 and kernels built for sm_90a");
-    if (p.hidden != nullptr) return Way::kMma;
+    if (p.hidden != nullptr) return Gemm::kMma;
     refuse_unless(gemm_wgmma_serves(p), "rows of input, weight and output in whole, aligned pieces of 16 bytes");
-    return Way::kWgmma;
+    return Gemm::kWgmma;
   }
   refuse_unless(gemm_mma_runs(), "a GPU of compute capability 8.0 or newer");
-  return Way::kMma;
+  return Gemm::kMma;
 }
 
 // Items of a row side by side, rows apart.
@@ -145,14 +141,14 @@ Tensor linear_relu(const Call& call, const char* op, const Tensor& input, const 
                   .relu = true,
                   .hidden = nullptr,
                   .sums = nullptr};
-  switch (choose(op, p)) {
-    case Way::kPlain: return plain_linear_relu(call, input, weight, bias);
-    case Way::kMma: call.check(gemm_mma(p, call.stream())); break;
-    case Way::kWgmma: call.check(gemm_wgmma(p, call.stream())); break;
-    case Way::kLibrary: {
-      const Tensor workspace = call.empty({kCublasLtWorkspace}, at::kByte);
-      const Status status = cublaslt_linear_relu(p, workspace.mutable_data_ptr(), call.stream());
-      TORCH_CHECK(status == 0, op, ": cuBLASLt: ", cublaslt_status_text(status));
+  switch (select_gemm(op, p)) {
+    case Gemm::kPlain: return plain_linear_relu(call, input, weight, bias);
+    case Gemm::kMma: call.check(gemm_mma(p, call.stream())); break;
+    case Gemm::kWgmma: call.check(gemm_wgmma(p, call.stream())); break;
+    case Gemm::kLibrary: {
+      const Tensor b_or_zeros = added.defined() ? added : at::zeros({p.columns}, a.options());
+      Tensor out = c;
+      at::_addmm_activation_out(out, b_or_zeros, a, b.t());
     }
   }
   return c;
@@ -201,7 +197,7 @@ Masked hidden_gradient(const Call& call, const Tensor& grad_output, const Tensor
             .relu = false,
             .hidden = call.in(saved),
             .sums = nullptr};
-  if (choose("relu_mlp_backward", p) == Way::kPlain) return plain();
+  if (select_gemm("relu_mlp_backward", p) == Gemm::kPlain) return plain();
   Masked result{call.empty({p.rows, p.columns}, a.scalar_type()), call.none(a.scalar_type())};
   p.c = call.out(result.dz);
   Tensor partial;

@@ -1,0 +1,185 @@
+"""How an operation is declared: once, for the library ``fastllm`` and for the namespace of every GPU backend.
+
+A public operation (``fastllm::mse_loss``) checks its arguments and applies an autograd node; the node calls kernel
+operations (``fastllm::mse_loss_forward``), which the backends implement. The compiled extension registers public
+operations and CPU kernels in C++ under the names that are declared here; without it, the Python functions named here
+serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+LIBRARY = "fastllm"
+BACKENDS = ("fastllm_cuda", "fastllm_triton")  # namespaces in which a GPU backend registers its kernels
+DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def no_flops(*_, **__) -> int:
+    """An operation without a matrix product: ``torch.utils.flop_counter`` counts nothing else."""
+    return 0
+
+
+def no_result(*_) -> None:
+    """The fake of a kernel operation that returns nothing."""
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """What ``torch.autocast`` does to the arguments.
+
+    Parameters
+    ----------
+    lower_precision : bool
+        Floating-point tensors are cast to autocast's dtype; otherwise to float32.
+    keep : tuple of str
+        Arguments that stay as they are.
+    flag : str, optional
+        A ``bool`` argument that is set to True: the operation knows that its arguments were cast.
+    """
+
+    lower_precision: bool
+    keep: tuple[str, ...] = ()
+    flag: str | None = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel operation.
+
+    Parameters
+    ----------
+    name, schema : str
+        ``mse_loss_forward`` and its arguments and results, ``"(Tensor input, ...) -> Tensor"``.
+    fake : callable
+        Its results for tensors without numbers: shapes, dtypes and strides.
+    flops : callable
+        Its floating-point operations, from the shapes of its arguments.
+    """
+
+    name: str
+    schema: str
+    fake: Callable = no_result
+    flops: Callable[..., int] = no_flops
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A public operation and its kernel operations.
+
+    Parameters
+    ----------
+    name, schema : str
+        As for :class:`Kernel`.
+    function : callable
+        Checks and autograd node in Python, for machines without the compiled extension.
+    kernels : tuple of Kernel
+        What its node calls.
+    autocast : Autocast, optional
+        None: autocast leaves the arguments as they are.
+    flops : callable
+        Floating-point operations of a call that nothing is differentiated in.
+    """
+
+    name: str
+    schema: str
+    function: Callable
+    kernels: tuple[Kernel, ...]
+    autocast: Autocast | None = None
+    flops: Callable[..., int] = no_flops
+
+
+_libraries: dict[str, torch.library.Library] = {}  # declarations last as long as these
+
+
+def declare(operations: tuple[Operation, ...]) -> None:
+    """Declare schemas and fakes. The extension, loaded after this, finds them by name."""
+    library = _libraries[LIBRARY] = torch.library.Library(LIBRARY, "DEF")
+    for space in BACKENDS:
+        _libraries[space] = torch.library.Library(space, "DEF")
+    for operation in operations:
+        library.define(operation.name + operation.schema)
+        for kernel in operation.kernels:
+            library.define(kernel.name + kernel.schema)
+            library.impl(kernel.name, kernel.fake, "Meta")
+            for space in BACKENDS:
+                _libraries[space].define(kernel.name + kernel.schema)
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """A kernel operation has no derivative of its own: differentiating it is an error, not a missing gradient."""
+
+    @staticmethod
+    def forward(ctx, name: str, call: Callable, *arguments):
+        ctx.name = name
+        return call(*arguments)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"derivative for {LIBRARY}::{ctx.name} is not implemented")
+
+
+def _refusing(kernel: Kernel) -> Callable:
+    """The Autograd entry of a kernel operation."""
+    operation = getattr(getattr(torch.ops, LIBRARY), kernel.name).default
+
+    def call(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operation(*arguments)
+
+    def differentiable(*arguments):
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return _NotDifferentiable.apply(kernel.name, call, *arguments)
+        return call(*arguments)
+
+    return differentiable
+
+
+def _cast(operation: Operation, device_type: str) -> Callable:
+    """The Autocast entry of a public operation."""
+    rule = operation.autocast
+    assert rule is not None
+    overload = getattr(getattr(torch.ops, LIBRARY), operation.name).default
+    names = [argument.name for argument in overload._schema.arguments]
+    casts = [name not in rule.keep for name in names]
+    flag = None if rule.flag is None else names.index(rule.flag)
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}[device_type]
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def call(*arguments):
+        dtype = torch.get_autocast_dtype(device_type) if rule.lower_precision else torch.float32
+
+        def cast(value, wanted):
+            eligible = (
+                wanted
+                and isinstance(value, torch.Tensor)
+                and value.is_floating_point()
+                and value.device.type == device_type
+                and value.dtype != torch.float64
+            )
+            return value.to(dtype) if eligible else value
+
+        values = [cast(value, wanted) for value, wanted in zip(arguments, casts, strict=True)]
+        if flag is not None:
+            values[flag] = True
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return overload(*values)
+
+    return call
+
+
+def implement_in_python(operations: tuple[Operation, ...]) -> None:
+    """Register what the compiled extension registers where it is built: public operations, autograd, autocast."""
+    library = _libraries[LIBRARY]
+    for operation in operations:
+        for key in ("Autograd", "CompositeExplicitAutograd"):
+            library.impl(operation.name, operation.function, key)
+        if operation.autocast is not None:
+            for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
+                library.impl(operation.name, _cast(operation, device_type), key)
+        for kernel in operation.kernels:
+            library.impl(kernel.name, _refusing(kernel), "Autograd")
