@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch
 
+from fastllm import operations  # noqa: F401 - declares what the extension implements
+
 REMEDY = "run `pip install --no-build-isolation .` in fastllm's source directory, with this torch and a C++ compiler"
 CUDA_REMEDY = "building them takes a CUDA build of torch and nvcc of the same major version"
 

@@ -330,7 +330,7 @@ def plain_calls() -> Iterator[tuple]:
         yield ops.cross_entropy_forward, (logits, y, cw, reduction, *loss, True)
         yield ops.cross_entropy_backward, (g, logits, y, cw, softmax, reduction, *loss)
         yield ops.cross_entropy_backward_, (g, logits.clone(), y, cw, softmax, reduction, *loss)
-        yield ops.linear_cross_entropy, (grad(x), grad(head), y, grad(hb), cw, reduction, *loss)
+        yield ops.linear_cross_entropy, (grad(x), grad(head), y, grad(hb), cw, reduction, *loss, False)
         yield ops.linear_cross_entropy_forward, (x, head, y, hb, cw, reduction, *loss, True, True, True)
         yield ops.linear_cross_entropy_backward, (g, x, head, y, None, None, reduction, *loss, True, False, True)
         if reduction != 0:  # a gradient that forward has formed

@@ -93,9 +93,8 @@ def test_environment_variable():
 
 def test_a_forced_backend_never_falls_back():
     with fastllm.use_backend("cpu"):
-        for bad, word in ((t.to("meta"), "meta"), (t.to(torch.complex64), "complex64"), (t.long(), "int64")):
-            with pytest.raises(RuntimeError, match=f"backend 'cpu' cannot serve.*{word}"):
-                F.linear_relu(bad, bad)
+        with pytest.raises(RuntimeError, match="backend 'cpu' cannot serve.*meta"):
+            F.linear_relu(t.to("meta"), t.to("meta"))
 
 
 def test_a_backend_that_the_environment_forces_is_refused_at_the_call():
@@ -241,7 +240,7 @@ OPTIONS = {  # that follow the tensors of an operation: the plain kinds, and oth
     "relu_mlp": ([], []),
     "mse_loss": ([None, 1], [None, np.int64(1)]),
     "cross_entropy": ([1, 3, 0.5, 0.25, 2.0, False], [np.int64(1), torch.tensor(3), np.float64(0.5), 0.25, 2, False]),
-    "linear_cross_entropy": ([None, None, 2, -100, 0.0, 1.0, None], [None, None, 2, -100, 0, 1, None]),
+    "linear_cross_entropy": ([None, None, 2, -100, 0.0, 1.0, None, False], [None, None, 2, -100, 0, 1, None, False]),
 }
 needs_extension = pytest.mark.skipif(_native.MISSING is not None, reason=str(_native.MISSING))
 

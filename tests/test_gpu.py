@@ -141,7 +141,9 @@ def test_products_with_an_epilogue(way, dtype, m, h, k, n):
 @on_gpu
 def test_relu_of_nan(way, request):
     if way == "library":
-        request.applymarker(pytest.mark.xfail(strict=False, reason="the library does not say what its ReLU makes of NaN"))
+        request.applymarker(
+            pytest.mark.xfail(strict=False, reason="the library does not say what its ReLU makes of NaN")
+        )
     x, w = torch.randn(130, 64), torch.eye(64)
     x[5, 3], x[129, 63], w[7, 7] = float("nan"), float("-inf"), float("inf")
     x, w = x.bfloat16(), w.bfloat16()

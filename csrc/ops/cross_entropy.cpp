@@ -1,14 +1,9 @@
-// cross_entropy: checks, autograd node, fake kernels. Kernels: csrc/cpu/cross_entropy.cpp.
-#include <ATen/autocast_mode.h>
-
+// cross_entropy: checks and autograd node. Kernels: csrc/cpu/cross_entropy.cpp.
 #include "cross_entropy_common.h"
+#include "operations.h"
 
 namespace fastllm {
 namespace {
-
-#define FASTLLM_CE_OPTIONS                                                                  \
-  int64_t reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale, \
-      std::optional<double> softcap
 
 // --- plain operations: logits (N, C), target (N) class indices or (N, C) probabilities of the logits' dtype ------
 
@@ -18,79 +13,51 @@ Tensor with_unit_stride(const Tensor& logits) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                               FASTLLM_CE_OPTIONS, bool need_grad) {
-  const auto options =
-      checked_options("cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
+                                               const LossOptions& options, bool need_grad) {
   const Tensor logits = with_unit_stride(input);
   const RowLoss rows("cross_entropy", input.scalar_type(), input.size(1), target, weight, options);
   const at::ScalarType dtype = input.scalar_type(), acc = acc_dtype(dtype);
   const Tensor loss = pool::empty({input.size(0)}, acc), softmax = pool::empty({2, input.size(0)}, acc);
-  const bool with_grad = need_grad && reduction != kNone;
+  const bool with_grad = need_grad && options.reduction != kNone;
   const Tensor grad = with_grad ? pool::empty(input.sizes(), dtype) : pool::empty({0, 0}, dtype);
-  rows.forward(logits, 0, loss, softmax, with_grad ? grad : Tensor(), 1 / rows.divisor(), Tensor());
+  rows.forward(logits, 0, loss, softmax, with_grad ? grad : Tensor(), rows.reduced(1), Tensor());
   return {rows.reduced(loss, dtype), softmax, grad};
 }
 
 void backward_into(const Tensor& grad_output, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                   const Tensor& softmax, FASTLLM_CE_OPTIONS, const Tensor& grad) {
-  const auto options =
-      checked_options("cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
+                   const Tensor& softmax, const LossOptions& options, const Tensor& grad) {
   const RowLoss rows("cross_entropy", logits.scalar_type(), logits.size(1), target, weight, options);
-  if (reduction == kNone)
+  if (options.reduction == kNone)
     rows.backward(logits, 0, softmax, grad, 1, grad_output.to(softmax.scalar_type()).contiguous());
   else
-    rows.backward(logits, 0, softmax, grad, number_in(grad_output) / rows.divisor(), Tensor());
+    rows.backward(logits, 0, softmax, grad, rows.reduced(number_in(grad_output)), Tensor());
 }
 
 Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                    const Tensor& softmax, FASTLLM_CE_OPTIONS) {
+                    const Tensor& softmax, const LossOptions& options) {
   const Tensor grad = pool::empty(input.sizes(), input.scalar_type());
-  backward_into(grad_output, with_unit_stride(input), target, weight, softmax, reduction, ignore_index, label_smoothing,
-                lse_square_scale, softcap, grad);
+  backward_into(grad_output, with_unit_stride(input), target, weight, softmax, options, grad);
   return grad;
 }
 
 void backward_inplace_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                          const OptionalTensor& weight, const Tensor& softmax, FASTLLM_CE_OPTIONS) {
+                          const OptionalTensor& weight, const Tensor& softmax, const LossOptions& options) {
   TORCH_CHECK(with_unit_stride(input).is_same(input),
               "cross_entropy_backward_: input's rows must be contiguous and apart, got strides ", input.strides());
-  backward_into(grad_output, input, target, weight, softmax, reduction, ignore_index, label_smoothing, lse_square_scale,
-                softcap, input);
+  backward_into(grad_output, input, target, weight, softmax, options, input);
 }
 
 // `grad` holds the gradient for an incoming gradient of 1: it is formed anew for another.
 void correct_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                 const Tensor& softmax, FASTLLM_CE_OPTIONS, const Tensor& grad) {
+                 const Tensor& softmax, const LossOptions& options, const Tensor& grad) {
   if (number_in(grad_output) == 1.0) return;
-  backward_into(grad_output, with_unit_stride(input), target, weight, softmax, reduction, ignore_index, label_smoothing,
-                lse_square_scale, softcap, grad);
+  backward_into(grad_output, with_unit_stride(input), target, weight, softmax, options, grad);
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                                FASTLLM_CE_OPTIONS, bool need_grad) {
-  const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
-  const Tensor softmax = at::empty_symint({2, input.sym_size(0)}, acc);
-  const bool with_grad = need_grad && reduction != kNone;
-  return {reduction == kNone ? at::empty_symint({input.sym_size(0)}, input.options()) : at::empty({}, input.options()),
-          softmax,
-          with_grad ? at::empty_symint(input.sym_sizes(), input.options()) : at::empty({0, 0}, input.options())};
-}
-
-Tensor backward_meta(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                     const Tensor& softmax, FASTLLM_CE_OPTIONS) {
-  return at::empty_symint(input.sym_sizes(), input.options());
-}
-
-void correct_meta(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                  const Tensor& softmax, FASTLLM_CE_OPTIONS, const Tensor& grad) {}
-
-void backward_inplace_meta(const Tensor& grad_output, const Tensor& input, const Tensor& target,
-                           const OptionalTensor& weight, const Tensor& softmax, FASTLLM_CE_OPTIONS) {}
-
-template <class Signature>
-auto plain_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
+constexpr Dispatched<"fastllm::cross_entropy_forward", decltype(forward_cpu)> forward_op;
+constexpr Dispatched<"fastllm::cross_entropy_backward", decltype(backward_cpu)> backward_op;
+constexpr Dispatched<"fastllm::cross_entropy_backward_", decltype(backward_inplace_cpu)> backward_inplace_op;
+constexpr Dispatched<"fastllm::cross_entropy_correct_", decltype(correct_cpu)> correct_op;
 
 // --- autograd ---------------------------------------------------------------------------------------------------
 
@@ -98,67 +65,65 @@ auto plain_op(const char* name) {
 // gradient, a fake tensor, `none` or inplace_backward forms it in backward from the saved logits and their rows'
 // maximum and sum: never by scaling what was rounded before, which in float16 may have vanished. On a device nothing
 // waits for the incoming gradient's value: a kernel reads it there, and leaves the gradient as it is where it is 1.
-class Node : public torch::autograd::Function<Node> {
+class CrossEntropyBackward : public torch::autograd::Function<CrossEntropyBackward> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                        FASTLLM_CE_OPTIONS, bool inplace) {
-    static const auto op = plain_op<decltype(forward_cpu)>("fastllm::cross_entropy_forward");
+                        const LossOptions& options, bool inplace) {
     at::AutoDispatchBelowADInplaceOrView below;
     backend::save(ctx);
-    const bool early = reduction != kNone && !inplace && input.requires_grad() && is_concrete(input, target);
-    auto [output, softmax, grad] =
-        op.call(input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, early);
+    const bool early = options.reduction != kNone && !inplace && input.requires_grad() && !target.requires_grad() &&
+                       is_concrete(input, target);
+    auto [output, softmax, grad] = forward_op(input, target, weight, options, early);
     ctx->save_for_backward({input, target, weight.value_or(Tensor()), softmax});
-    save_options(ctx, {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)}, inplace);
-    if (early) ctx->saved_data["grad"] = grad;
+    save_options(ctx, options, inplace);
+    if (early) keep_formed(ctx, "grad", grad);
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const backend::Restored restored(ctx);
+    const Tensor& g = grad_outputs[0];
+    variable_list grads(5);
+    const bool formed = has_formed(ctx, "grad") && is_concrete(g) && !at::GradMode::is_enabled();
+    if (formed && is_one(g)) {
+      grads[0] = take_formed(ctx, "grad");
+      return grads;
+    }
     int64_t inplace;
-    const CrossEntropyOptions o = saved_options(ctx, &inplace);
+    const LossOptions o = saved_options(ctx, &inplace);
     TORCH_CHECK(!ctx->saved_data.count("overwritten"),
                 "cross_entropy: a second backward through logits that inplace_backward=True has overwritten with their "
                 "gradient; use inplace_backward=False to keep the graph");
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &target = saved[1], &softmax = saved[3];
-    const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
-    const std::optional<double> softcap = o.softcap == 0 ? std::nullopt : std::optional<double>(o.softcap);
+    const OptionalTensor weight = optional(saved[2]);
     const bool need_input = ctx->needs_input_grad(0), need_target = ctx->needs_input_grad(1);
-    variable_list grads(9);
     if (at::GradMode::is_enabled() || need_target) {
       // Second derivatives, and the gradient of class probabilities: by the definition.
       const variable_list found =
           differentiate([&](const variable_list& a) { return cross_entropy_definition(a[0], a[1], weight, o); },
-                        {input, target}, {need_input, need_target}, grad_outputs[0]);
+                        {input, target}, {need_input, need_target}, g);
+      drop_formed(ctx, "grad");
       grads[0] = found[0];
       grads[1] = found[1];
       return grads;
     }
-    const Tensor& g = grad_outputs[0];
     if (inplace != 0 && is_concrete(input, g)) {
-      static const auto op = plain_op<decltype(backward_inplace_cpu)>("fastllm::cross_entropy_backward_");
       const Tensor storage = input.detach();
-      op.call(g, storage, target, weight, softmax, o.reduction, o.ignore_index, o.label_smoothing, o.lse_square_scale,
-              softcap);
+      backward_inplace_op(g, storage, target, weight, softmax, o);
       storage.unsafeGetTensorImpl()->bump_version();  // whoever else saved the logits is told
       ctx->saved_data["overwritten"] = true;
       grads[0] = storage;
       return grads;
     }
     at::AutoDispatchBelowADInplaceOrView below;
-    if (ctx->saved_data.count("grad") && is_concrete(g)) {
-      static const auto correct = plain_op<decltype(correct_cpu)>("fastllm::cross_entropy_correct_");
-      grads[0] = take_saved(ctx, "grad");
-      if (g.is_cpu() && number_in(g) == 1.0) return grads;
-      correct.call(g, input, target, weight, softmax, o.reduction, o.ignore_index, o.label_smoothing,
-                   o.lse_square_scale, softcap, grads[0]);
+    if (formed) {
+      grads[0] = take_formed(ctx, "grad");
+      correct_op(g, input, target, weight, softmax, o, grads[0]);
       return grads;
     }
-    static const auto op = plain_op<decltype(backward_cpu)>("fastllm::cross_entropy_backward");
-    grads[0] = op.call(g, input, target, weight, softmax, o.reduction, o.ignore_index, o.label_smoothing,
-                       o.lse_square_scale, softcap);
+    drop_formed(ctx, "grad");
+    grads[0] = backward_op(g, input, target, weight, softmax, o);
     return grads;
   }
 };
@@ -185,9 +150,18 @@ void check_shapes(const Tensor& input, const Tensor& target, bool probabilities)
               " without its class dimension, or of that shape with class probabilities, got ", target.sym_sizes());
 }
 
-Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight, FASTLLM_CE_OPTIONS,
-                     bool inplace_backward) {
-  checked_options("cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
+TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("cross_entropy_forward", flat<&forward_cpu>);
+  m.impl("cross_entropy_backward", flat<&backward_cpu>);
+  m.impl("cross_entropy_backward_", flat<&backward_inplace_cpu>);
+  m.impl("cross_entropy_correct_", flat<&correct_cpu>);
+}
+
+}  // namespace
+
+Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                     const LossOptions& options, bool inplace_backward) {
+  check_options("cross_entropy", options);
   check_given("cross_entropy", "input", input);
   check_given("cross_entropy", "target", target);
   const bool probabilities = input.sym_sizes() == target.sym_sizes();
@@ -226,20 +200,17 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
   Tensor output;
   if (probabilities && (weight_gradient || classes == 0)) {
     // PyTorch differentiates by the weights here, but not with class indices.
-    output = cross_entropy_definition(
-        x, y, w, {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)});
+    output = cross_entropy_definition(x, y, w, options);
   } else if (at::GradMode::is_enabled() && (x.requires_grad() || y.requires_grad())) {
     // In place only over rows that a kernel can walk: other layouts get a copy of their own to overwrite.
     const bool overwrite = inplace_backward && is_concrete(x);
     if (overwrite && !with_unit_stride(x).is_same(x)) x = x.contiguous();
-    output =
-        Node::apply(x, y, w, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, inplace_backward);
+    output = CrossEntropyBackward::apply(x, y, w, options, inplace_backward);
   } else {
-    static const auto op = plain_op<decltype(forward_cpu)>("fastllm::cross_entropy_forward");
     at::AutoDispatchBelowADInplaceOrView below;
-    output = std::get<0>(op.call(x, y, w, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, false));
+    output = std::get<0>(forward_op(x, y, w, options, false));
   }
-  if (reduction != kNone) return output;
+  if (options.reduction != kNone) return output;
   if (input.dim() == 1) return output.squeeze(0);
   if (!spatial) return output;
   std::vector<c10::SymInt> shape = input.sym_sizes().vec();
@@ -247,61 +218,6 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
   return output.reshape_symint(shape);
 }
 
-// As PyTorch's cross_entropy under autocast: in float32.
-template <c10::DeviceType device>
-Tensor cross_entropy_autocast(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                              FASTLLM_CE_OPTIONS, bool inplace_backward) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(at::kFloat, t, device); };
-  static const auto op = plain_op<decltype(cross_entropy)>("fastllm::cross_entropy");
-  return op.call(cast(input), cast(target), cast(weight), reduction, ignore_index, label_smoothing, lse_square_scale,
-                 softcap, inplace_backward);
-}
+FASTLLM_OPERATION(cross_entropy)
 
-TORCH_LIBRARY_FRAGMENT(fastllm, m) {
-  m.def(
-      "cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, float "
-      "label_smoothing, float lse_square_scale, float? softcap, bool inplace_backward) -> Tensor");
-  m.def(
-      "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, float "
-      "label_smoothing, float lse_square_scale, float? softcap, bool need_grad) -> (Tensor output, Tensor softmax, "
-      "Tensor "
-      "grad)");
-  m.def(
-      "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor softmax, int "
-      "reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap) -> Tensor");
-  m.def(
-      "cross_entropy_backward_(Tensor grad_output, Tensor(a!) input, Tensor target, Tensor? weight, Tensor softmax, "
-      "int "
-      "reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap) -> ()");
-  m.def(
-      "cross_entropy_correct_(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor softmax, int "
-      "reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap, Tensor(a!) grad) -> "
-      "()");
-}
-TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("cross_entropy", cross_entropy); }
-TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
-  m.impl("cross_entropy", cross_entropy);
-  m.impl("cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("cross_entropy_backward_", torch::autograd::autogradNotImplementedFallback());
-  m.impl("cross_entropy_correct_", torch::autograd::autogradNotImplementedFallback());
-}
-TORCH_LIBRARY_IMPL(fastllm, AutocastCPU, m) { m.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CPU>); }
-TORCH_LIBRARY_IMPL(fastllm, AutocastCUDA, m) { m.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CUDA>); }
-TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
-  m.impl("cross_entropy_forward", forward_cpu);
-  m.impl("cross_entropy_backward", backward_cpu);
-  m.impl("cross_entropy_backward_", backward_inplace_cpu);
-  m.impl("cross_entropy_correct_", correct_cpu);
-}
-TORCH_LIBRARY_IMPL(fastllm, Meta, m) {
-  m.impl("cross_entropy_forward", forward_meta);
-  m.impl("cross_entropy_backward", backward_meta);
-  m.impl("cross_entropy_backward_", backward_inplace_meta);
-  m.impl("cross_entropy_correct_", correct_meta);
-}
-
-}  // namespace
 }  // namespace fastllm

@@ -4,40 +4,40 @@ FASTLLM_DEFINE_DISPATCH(CrossEntropyKernels, cross_entropy)
 
 namespace fastllm {
 
-CrossEntropyOptions checked_options(const char* op, int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                    double lse_square_scale, std::optional<double> softcap) {
-  TORCH_CHECK_VALUE(reduction >= kNone && reduction <= kSum, op,
-                    ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
-  TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing must be between 0.0 and 1.0, got ",
-              label_smoothing);
-  TORCH_CHECK_VALUE(!softcap.has_value() || *softcap > 0, op, ": softcap must be positive or None, got ",
-                    softcap.value_or(0));
-  return {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)};
+void check_options(const char* op, const LossOptions& o) {
+  TORCH_CHECK_VALUE(o.reduction >= kNone && o.reduction <= kSum, op,
+                    ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", o.reduction);
+  TORCH_CHECK(o.label_smoothing >= 0 && o.label_smoothing <= 1, op,
+              ": label_smoothing must be between 0.0 and 1.0, got ", o.label_smoothing);
+  TORCH_CHECK_VALUE(!o.softcap.has_value() || *o.softcap > 0, op, ": softcap must be positive or None, got ",
+                    o.softcap.value_or(0));
 }
 
-void save_options(AutogradContext* ctx, const CrossEntropyOptions& o, int64_t flags) {
+void save_options(AutogradContext* ctx, const LossOptions& o, int64_t flags) {
   ctx->saved_data["options"] = o.reduction | flags << 2;
   if (o.ignore_index != -100) ctx->saved_data["ignore_index"] = o.ignore_index;
-  if (o.label_smoothing != 0 || o.lse_square_scale != 0 || o.softcap != 0)
-    ctx->saved_data["numbers"] = std::vector<double>{o.label_smoothing, o.lse_square_scale, o.softcap};
+  if (o.label_smoothing != 0 || o.lse_square_scale != 0 || o.softcap.has_value())
+    ctx->saved_data["numbers"] = std::vector<double>{o.label_smoothing, o.lse_square_scale, o.softcap.value_or(0)};
 }
 
-CrossEntropyOptions saved_options(AutogradContext* ctx, int64_t* flags) {
+LossOptions saved_options(AutogradContext* ctx, int64_t* flags) {
   const int64_t options = ctx->saved_data["options"].toInt();
   *flags = options >> 2;
-  CrossEntropyOptions o{options & 3, -100, 0, 0, 0};
+  LossOptions o{options & 3, -100, 0, 0, std::nullopt};
   if (const auto found = ctx->saved_data.find("ignore_index"); found != ctx->saved_data.end())
     o.ignore_index = found->second.toInt();
   if (const auto found = ctx->saved_data.find("numbers"); found != ctx->saved_data.end()) {
     const auto numbers = found->second.toDoubleList();
-    o.label_smoothing = numbers[0], o.lse_square_scale = numbers[1], o.softcap = numbers[2];
+    o.label_smoothing = numbers[0];
+    o.lse_square_scale = numbers[1];
+    if (numbers[2] != 0) o.softcap = numbers[2];
   }
   return o;
 }
 
 Tensor cross_entropy_definition(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                const CrossEntropyOptions& o) {
-  const Tensor z = o.softcap == 0 ? logits : at::tanh(logits / o.softcap) * o.softcap;
+                                const LossOptions& o) {
+  const Tensor z = o.softcap.has_value() ? at::tanh(logits / *o.softcap) * *o.softcap : logits;
   const bool probabilities = target.is_floating_point();
   const Tensor y = probabilities || target.scalar_type() == at::kLong ? target : target.to(at::kLong);
   const Tensor loss = at::cross_entropy_loss(z, y, weight, o.reduction, o.ignore_index, o.label_smoothing);
@@ -84,7 +84,7 @@ at::ScalarType probability_dtype(const Tensor& input, const Tensor& target, cons
 }
 
 RowLoss::RowLoss(const char* op, at::ScalarType dtype, int64_t classes, const Tensor& target,
-                 const OptionalTensor& weight, const CrossEntropyOptions& options)
+                 const OptionalTensor& weight, const LossOptions& options)
     : options_(options), classes_(classes), probabilities_(target.is_floating_point()), target_(target.contiguous()) {
   // Probabilities of no class have no memory, and the kernel takes a null pointer for class indices.
   TORCH_CHECK_VALUE(classes > 0 || !probabilities_, op, ": class probabilities must be of at least one class, got ",
@@ -111,7 +111,7 @@ RowLoss::RowLoss(const char* op, at::ScalarType dtype, int64_t classes, const Te
 
 bool RowLoss::is_skinny() const {
   return (dtype_ == DType::kF32 || dtype_ == DType::kF64) && !probabilities_ && options_.label_smoothing == 0 &&
-         options_.lse_square_scale == 0 && options_.softcap == 0;
+         options_.lse_square_scale == 0 && !options_.softcap.has_value();
 }
 
 void RowLoss::describe(cpu::SkinnyLoss* loss) const {
@@ -146,7 +146,7 @@ cpu::CrossEntropyRows RowLoss::rows(const Tensor& logits, int64_t first, const T
   r.ignore_index = options_.ignore_index;
   r.label_smoothing = options_.label_smoothing;
   r.lse_square_scale = options_.lse_square_scale;
-  r.softcap = options_.softcap;
+  r.softcap = options_.softcap.value_or(0);
   r.row_max = softmax.mutable_data_ptr();
   r.row_log_sum = static_cast<char*>(r.row_max) + softmax.stride(0) * static_cast<int64_t>(softmax.element_size());
   if (grad.defined()) {
@@ -182,9 +182,9 @@ Tensor RowLoss::reduced(const Tensor& loss, at::ScalarType dtype) const {
     const scalar_t* rows = loss.const_data_ptr<scalar_t>();
     for (int64_t i = 0; i < loss.numel(); ++i) sum += rows[i];
   });
-  if (dtype != at::kFloat) return at::full({}, sum / divisor_, at::TensorOptions().dtype(dtype));
+  if (dtype != at::kFloat) return at::full({}, reduced(sum), at::TensorOptions().dtype(dtype));
   const Tensor result = pool::empty({}, dtype);
-  *result.mutable_data_ptr<float>() = static_cast<float>(sum / divisor_);
+  *result.mutable_data_ptr<float>() = static_cast<float>(reduced(sum));
   return result;
 }
 

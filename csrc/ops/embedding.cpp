@@ -1,7 +1,8 @@
-// embedding: checks, autograd node, fake kernels. Kernels: csrc/cpu/embedding.cpp.
+// embedding: checks and autograd node. Kernels: csrc/cpu/embedding.cpp.
 #include "../cpu/embedding.h"
 
 #include "common.h"
+#include "operations.h"
 
 FASTLLM_DEFINE_DISPATCH(EmbeddingKernels, embedding)
 
@@ -62,24 +63,11 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, int64_t rows
   return grad;
 }
 
-Tensor forward_meta(const Tensor& weight, const Tensor& input) {
-  std::vector<c10::SymInt> shape = input.sym_sizes().vec();
-  shape.push_back(weight.sym_size(1));
-  return at::empty_symint(shape, weight.options());
-}
+constexpr Dispatched<"fastllm::embedding_forward", decltype(forward_cpu)> forward_ids;
+constexpr Dispatched<"fastllm::embedding_backward", Tensor(const Tensor&, const Tensor&, c10::SymInt, int64_t, bool)>
+    backward_from;
 
-Tensor backward_meta(const Tensor& grad_output, const Tensor& input, c10::SymInt rows, int64_t padding_idx,
-                     bool scale_grad_by_freq) {
-  return at::empty_symint({std::move(rows), grad_output.sym_size(-1)}, grad_output.options());
-}
-
-Tensor call_forward(const Tensor& weight, const Tensor& input) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastllm::embedding_forward", "").typed<decltype(forward_cpu)>();
-  return op.call(weight, input);
-}
-
-class Node : public torch::autograd::Function<Node> {
+class EmbeddingBackward : public torch::autograd::Function<EmbeddingBackward> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, int64_t padding_idx,
                         bool scale_grad_by_freq, bool sparse) {
@@ -89,7 +77,7 @@ class Node : public torch::autograd::Function<Node> {
     ctx->saved_data["rows"] = weight.sym_size(0);
     ctx->saved_data["padding_idx"] = padding_idx;
     ctx->saved_data["options"] = int64_t{scale_grad_by_freq} | int64_t{sparse} << 1;
-    return call_forward(weight, input);
+    return forward_ids(weight, input);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
@@ -98,6 +86,7 @@ class Node : public torch::autograd::Function<Node> {
     const c10::SymInt rows = ctx->saved_data["rows"].toSymInt();
     const int64_t padding_idx = ctx->saved_data["padding_idx"].toInt(), options = ctx->saved_data["options"].toInt();
     const bool by_frequency = (options & 1) != 0, sparse = (options & 2) != 0;
+    TORCH_CHECK(!(sparse && by_frequency), "embedding: scale_grad_by_freq is not supported for a sparse gradient");
     variable_list grads(5);
     if (at::GradMode::is_enabled() || sparse) {
       // Differentiable again, or sparse: PyTorch's own gradient. Its second derivative forgets the division by
@@ -111,13 +100,17 @@ class Node : public torch::autograd::Function<Node> {
       grads[1] = at::embedding_backward_symint(g, ids, rows, padding_idx, false, sparse);
       return grads;
     }
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fastllm::embedding_backward", "")
-                               .typed<Tensor(const Tensor&, const Tensor&, c10::SymInt, int64_t, bool)>();
-    grads[1] = op.call(grad_outputs[0], ids, rows, padding_idx, by_frequency);
+    grads[1] = backward_from(grad_outputs[0], ids, rows, padding_idx, by_frequency);
     return grads;
   }
 };
+
+TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("embedding_forward", forward_cpu);
+  m.impl("embedding_backward", backward_cpu);
+}
+
+}  // namespace
 
 Tensor embedding(const Tensor& input, const Tensor& weight, int64_t padding_idx, bool scale_grad_by_freq, bool sparse) {
   check_given("embedding", "input", input);
@@ -131,35 +124,12 @@ Tensor embedding(const Tensor& input, const Tensor& weight, int64_t padding_idx,
   TORCH_CHECK_NOT_IMPLEMENTED(is_served_dtype(weight.scalar_type()),
                               "embedding: weight must be float32, float64, bfloat16 or float16, got ",
                               weight.scalar_type());
-  TORCH_CHECK(!(sparse && scale_grad_by_freq && at::GradMode::is_enabled() && weight.requires_grad()),
-              "embedding: scale_grad_by_freq is not supported for a sparse gradient");
   if (at::GradMode::is_enabled() && weight.requires_grad())
-    return Node::apply(input, weight, padding_idx, scale_grad_by_freq, sparse);
+    return EmbeddingBackward::apply(input, weight, padding_idx, scale_grad_by_freq, sparse);
   at::AutoDispatchBelowADInplaceOrView below;
-  return call_forward(weight, input);
+  return forward_ids(weight, input);
 }
 
-TORCH_LIBRARY_FRAGMENT(fastllm, m) {
-  m.def("embedding(Tensor input, Tensor weight, int padding_idx, bool scale_grad_by_freq, bool sparse) -> Tensor");
-  m.def("embedding_forward(Tensor weight, Tensor input) -> Tensor");
-  m.def(
-      "embedding_backward(Tensor grad_output, Tensor input, SymInt rows, int padding_idx, bool scale_grad_by_freq) -> "
-      "Tensor");
-}
-TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("embedding", embedding); }
-TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
-  m.impl("embedding", embedding);
-  m.impl("embedding_forward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("embedding_backward", torch::autograd::autogradNotImplementedFallback());
-}
-TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
-  m.impl("embedding_forward", forward_cpu);
-  m.impl("embedding_backward", backward_cpu);
-}
-TORCH_LIBRARY_IMPL(fastllm, Meta, m) {
-  m.impl("embedding_forward", forward_meta);
-  m.impl("embedding_backward", backward_meta);
-}
+FASTLLM_OPERATION(embedding)
 
-}  // namespace
 }  // namespace fastllm

@@ -6,8 +6,6 @@
 //
 // Chunks are large: each streams linear_weight, and its gradient, once more from memory. A layer of few features has a
 // kernel of its own (csrc/cpu/linear_cross_entropy.cpp).
-#include <ATen/autocast_mode.h>
-
 #include <algorithm>
 #include <cstdlib>
 
@@ -15,15 +13,12 @@
 #include "cross_entropy_common.h"
 #include "gemm.h"
 #include "linear_common.h"
+#include "operations.h"
 
 FASTLLM_DEFINE_DISPATCH(LinearCrossEntropyKernels, linear_cross_entropy)
 
 namespace fastllm {
 namespace {
-
-#define FASTLLM_LCE_OPTIONS                                                                 \
-  int64_t reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale, \
-      std::optional<double> softcap
 
 // Most bytes of logits held at once: the smallest number that costs no speed. FASTLLM_LOSS_WORKSPACE sets another.
 constexpr int64_t kDefaultWorkspace = int64_t{80} << 20;
@@ -68,7 +63,7 @@ struct Gradients {
 class Walk {
  public:
   Walk(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-       const OptionalTensor& class_weight, const CrossEntropyOptions& options, Needs needs)
+       const OptionalTensor& class_weight, const LossOptions& options, Needs needs)
       : input_(input.contiguous()),
         weight_(weight.contiguous()),
         bias_(defined(bias) ? bias->contiguous() : Tensor()),
@@ -214,13 +209,11 @@ class Walk {
 // of 1.
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight,
                                                        const Tensor& target, const OptionalTensor& linear_bias,
-                                                       const OptionalTensor& weight, FASTLLM_LCE_OPTIONS,
+                                                       const OptionalTensor& weight, const LossOptions& options,
                                                        bool need_input, bool need_weight, bool need_bias) {
-  const auto options =
-      checked_options("linear_cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
   const Tensor loss = pool::empty({input.size(0)}, acc_dtype(input.scalar_type()));
   Walk walk(input, linear_weight, target, linear_bias, weight, options, {need_input, need_weight, need_bias});
-  const Gradients g = walk.run(loss, 1 / walk.rows().divisor(), Tensor());
+  const Gradients g = walk.run(loss, walk.rows().reduced(1), Tensor());
   const auto or_none = [&](const Tensor& t) { return t.defined() ? t : pool::empty({0}, input.scalar_type()); };
   return {walk.rows().reduced(loss, loss.scalar_type()), or_none(g.input), or_none(g.weight), or_none(g.bias)};
 }
@@ -228,146 +221,138 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& input, cons
 std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& input,
                                                 const Tensor& linear_weight, const Tensor& target,
                                                 const OptionalTensor& linear_bias, const OptionalTensor& weight,
-                                                FASTLLM_LCE_OPTIONS, bool need_input, bool need_weight,
+                                                const LossOptions& options, bool need_input, bool need_weight,
                                                 bool need_bias) {
-  const auto options =
-      checked_options("linear_cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
   const Tensor loss = pool::empty({input.size(0)}, acc_dtype(input.scalar_type()));
   Walk walk(input, linear_weight, target, linear_bias, weight, options, {need_input, need_weight, need_bias});
-  const bool by_row = reduction == kNone;
-  const Gradients g = walk.run(loss, by_row ? 1 : number_in(grad_output) / walk.rows().divisor(),
+  const bool by_row = options.reduction == kNone;
+  const Gradients g = walk.run(loss, by_row ? 1 : walk.rows().reduced(number_in(grad_output)),
                                by_row ? grad_output.to(loss.scalar_type()).contiguous() : Tensor());
   const auto or_none = [&](const Tensor& t) { return t.defined() ? t : pool::empty({0}, input.scalar_type()); };
   return {or_none(g.input), or_none(g.weight), or_none(g.bias)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> gradients_meta(const Tensor& input, const Tensor& linear_weight, bool need_input,
-                                                  bool need_weight, bool need_bias) {
-  const auto none = [&] { return at::empty({0}, input.options()); };
-  return {need_input ? at::empty_symint(input.sym_sizes(), input.options()) : none(),
-          need_weight ? at::empty_symint(linear_weight.sym_sizes(), input.options()) : none(),
-          need_bias ? at::empty_symint({linear_weight.sym_size(0)}, input.options()) : none()};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_meta(const Tensor& input, const Tensor& linear_weight,
-                                                        const Tensor& target, const OptionalTensor& linear_bias,
-                                                        const OptionalTensor& weight, FASTLLM_LCE_OPTIONS,
-                                                        bool need_input, bool need_weight, bool need_bias) {
-  const auto acc = input.options().dtype(acc_dtype(input.scalar_type()));
-  const Tensor loss = reduction == kNone ? at::empty_symint({input.sym_size(0)}, acc) : at::empty({}, acc);
-  return std::tuple_cat(std::make_tuple(loss),
-                        gradients_meta(input, linear_weight, need_input, need_weight, need_bias));
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward_meta(const Tensor& grad_output, const Tensor& input,
-                                                 const Tensor& linear_weight, const Tensor& target,
-                                                 const OptionalTensor& linear_bias, const OptionalTensor& weight,
-                                                 FASTLLM_LCE_OPTIONS, bool need_input, bool need_weight,
-                                                 bool need_bias) {
-  return gradients_meta(input, linear_weight, need_input, need_weight, need_bias);
 }
 
 void scale_cpu(const Tensor& grad_output, const Tensor& grad) {
   if (number_in(grad_output) != 1.0) grad.mul_(grad_output);
 }
 
-void scale_meta(const Tensor& grad_output, const Tensor& grad) {}
-
-auto forward_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastllm::linear_cross_entropy_forward", "")
-                             .typed<decltype(forward_cpu)>();
-  return op;
-}
+constexpr Dispatched<"fastllm::linear_cross_entropy_forward", decltype(forward_cpu)> forward_op;
+constexpr Dispatched<"fastllm::linear_cross_entropy_backward", decltype(backward_cpu)> backward_op;
+constexpr Dispatched<"fastllm::linear_cross_entropy_scale_", decltype(scale_cpu)> scale_op;
 
 // --- autograd ---------------------------------------------------------------------------------------------------
 
-Tensor definition(const variable_list& a, const OptionalTensor& weight, const CrossEntropyOptions& options) {
+Tensor definition(const variable_list& a, const OptionalTensor& weight, const LossOptions& options) {
   const OptionalTensor bias = a[3].defined() ? OptionalTensor(a[3]) : std::nullopt;
   const Tensor loss = cross_entropy_definition(at::linear(a[0], a[1], bias), a[2], weight, options);
   return loss.to(acc_dtype(loss.scalar_type()));
 }
 
-// Gradients are formed in the forward pass, for an incoming gradient of 1, and scaled if it is another. `none` and
-// float16, whose range a later scale could not bring back, walk the chunks again in backward.
-class Node : public torch::autograd::Function<Node> {
+// The bias of a graph from a copy of its numbers: its gradient goes where that of the bias itself would.
+Tensor in_graph(const Tensor& copy, size_t edge) {
+  Tensor alias = copy.detach();
+  torch::autograd::impl::set_gradient_edge(alias, torch::autograd::get_current_node()->next_edge(edge));
+  return alias;
+}
+
+// Gradients are formed in the forward pass, for an incoming gradient of 1, and scaled if it is another: only second
+// derivatives read the saved inputs. `none` and float16, whose range a later scale could not bring back, walk the
+// chunks again in backward; they save a copy of the bias, which an optimizer may change before.
+class LinearCrossEntropyBackward : public torch::autograd::Function<LinearCrossEntropyBackward> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                        const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
+                        const OptionalTensor& linear_bias, const OptionalTensor& weight, const LossOptions& options) {
     at::AutoDispatchBelowADInplaceOrView below;
     backend::save(ctx);
-    const bool early = reduction != kNone && input.scalar_type() != at::kHalf && !target.requires_grad();
+    const bool early = options.reduction != kNone && input.scalar_type() != at::kHalf && !target.requires_grad();
     const bool need_input = input.requires_grad(), need_weight = linear_weight.requires_grad(),
                need_bias = requires_grad(linear_bias);
-    auto [output, gi, gw, gb] =
-        forward_op().call(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
-                          lse_square_scale, softcap, early && need_input, early && need_weight, early && need_bias);
-    ctx->save_for_backward({input, linear_weight, target, linear_bias.value_or(Tensor()), weight.value_or(Tensor())});
-    save_options(ctx, {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)},
-                 early | need_input << 1 | need_weight << 2 | need_bias << 3);
-    if (early && need_input) ctx->saved_data["grad_input"] = gi;
-    if (early && need_weight) ctx->saved_data["grad_weight"] = gw;
-    if (early && need_bias) ctx->saved_data["grad_bias"] = gb;
+    auto [output, gi, gw, gb] = forward_op(input, linear_weight, target, linear_bias, weight, options,
+                                           early && need_input, early && need_weight, early && need_bias);
+    Tensor bias = linear_bias.value_or(Tensor());
+    if (!early && bias.defined()) bias = bias.clone();
+    ctx->save_for_backward({input, linear_weight, target, bias, weight.value_or(Tensor())});
+    save_options(ctx, options, early | need_input << 1 | need_weight << 2 | need_bias << 3);
+    if (early && need_input) keep_formed(ctx, kInput, gi);
+    if (early && need_weight) keep_formed(ctx, kWeight, gw);
+    if (early && need_bias) keep_formed(ctx, kBias, gb);
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const backend::Restored restored(ctx);
-    const variable_list saved = ctx->get_saved_variables();
     int64_t flags;
-    const CrossEntropyOptions o = saved_options(ctx, &flags);
-    const bool early = (flags & 1) != 0, need_input = (flags & 2) != 0, need_weight = (flags & 4) != 0,
-               need_bias = (flags & 8) != 0;
-    const OptionalTensor bias = saved[3].defined() ? OptionalTensor(saved[3]) : std::nullopt;
-    const OptionalTensor weight = saved[4].defined() ? OptionalTensor(saved[4]) : std::nullopt;
+    const LossOptions o = saved_options(ctx, &flags);
+    const bool early = (flags & 1) != 0;
+    const bool need_input = (flags & 2) != 0 && ctx->needs_input_grad(0),
+               need_weight = (flags & 4) != 0 && ctx->needs_input_grad(1),
+               need_bias = (flags & 8) != 0 && ctx->needs_input_grad(3);
     const Tensor& g = grad_outputs[0];
-    variable_list grads(10);
-    if (at::GradMode::is_enabled() || saved[2].requires_grad()) {
-      const variable_list found = differentiate([&](const variable_list& a) { return definition(a, weight, o); },
-                                                {saved[0], saved[1], saved[2], saved[3]},
-                                                {need_input, need_weight, saved[2].requires_grad(), need_bias}, g);
+    variable_list grads(6);
+    if (early && !at::GradMode::is_enabled() &&
+        (has_formed(ctx, kInput) || has_formed(ctx, kWeight) || has_formed(ctx, kBias))) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      if (need_input) grads[0] = scaled(ctx, kInput, g);
+      if (need_weight) grads[1] = scaled(ctx, kWeight, g);
+      if (need_bias) grads[3] = scaled(ctx, kBias, g);
+      drop(ctx);
+      return grads;
+    }
+    const variable_list saved = ctx->get_saved_variables();
+    const OptionalTensor weight = optional(saved[4]);
+    const bool need_target = ctx->needs_input_grad(2);
+    if (at::GradMode::is_enabled() || need_target) {
+      const Tensor bias = early || !need_bias ? saved[3] : in_graph(saved[3], 3);
+      const variable_list found =
+          differentiate([&](const variable_list& a) { return definition(a, weight, o); },
+                        {saved[0], saved[1], saved[2], bias}, {need_input, need_weight, need_target, need_bias}, g);
+      drop(ctx);
       std::copy(found.begin(), found.end(), grads.begin());
       return grads;
     }
     at::AutoDispatchBelowADInplaceOrView below;
-    if (early) {
-      if (need_input) grads[0] = scaled(ctx, "grad_input", g);
-      if (need_weight) grads[1] = scaled(ctx, "grad_weight", g);
-      if (need_bias) grads[3] = scaled(ctx, "grad_bias", g);
-      return grads;
-    }
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fastllm::linear_cross_entropy_backward", "")
-                               .typed<decltype(backward_cpu)>();
     const auto [gi, gw, gb] =
-        op.call(g, saved[0], saved[1], saved[2], bias, weight, o.reduction, o.ignore_index, o.label_smoothing,
-                o.lse_square_scale, o.softcap == 0 ? std::nullopt : std::optional<double>(o.softcap), need_input,
-                need_weight, need_bias);
-    if (need_input) grads[0] = gi;
-    if (need_weight) grads[1] = gw;
-    if (need_bias) grads[3] = gb;
+        backward_op(g, saved[0], saved[1], saved[2], optional(saved[3]), weight, o, need_input, need_weight, need_bias);
+    grads[0] = where_needed(need_input, gi);
+    grads[1] = where_needed(need_weight, gw);
+    grads[3] = where_needed(need_bias, gb);
     return grads;
   }
 
  private:
+  static constexpr const char *kInput = "grad_input", *kWeight = "grad_weight", *kBias = "grad_bias";
+
+  static void drop(AutogradContext* ctx) {
+    for (const char* name : {kInput, kWeight, kBias}) drop_formed(ctx, name);
+  }
+
   static Tensor scaled(AutogradContext* ctx, const char* name, const Tensor& g) {
-    if (!is_concrete(g)) return (ctx->saved_data[name].toTensor() * g).to(ctx->saved_data[name].toTensor().dtype());
-    const Tensor grad = take_saved(ctx, name);
-    if (g.is_cpu() && number_in(g) == 1.0) return grad;
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fastllm::linear_cross_entropy_scale_", "")
-                               .typed<decltype(scale_cpu)>();
-    op.call(g, grad);
+    if (!is_concrete(g)) {
+      const Tensor grad = ctx->saved_data[name].toTensor();
+      return (grad * g).to(grad.dtype());
+    }
+    const Tensor grad = take_formed(ctx, name);
+    if (is_one(g)) return grad;
+    scale_op(g, grad);
     return grad;
   }
 };
 
+TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("linear_cross_entropy_forward", flat<&forward_cpu>);
+  m.impl("linear_cross_entropy_backward", flat<&backward_cpu>);
+  m.impl("linear_cross_entropy_scale_", flat<&scale_cpu>);
+}
+
+}  // namespace
+
 // --- the operation ----------------------------------------------------------------------------------------------
 
 Tensor linear_cross_entropy(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                            const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
+                            const OptionalTensor& linear_bias, const OptionalTensor& weight, const LossOptions& options,
+                            bool accumulator_dtype) {
   constexpr const char* op = "linear_cross_entropy";
-  checked_options(op, reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
+  check_options(op, options);
   check_given(op, "input", input);
   check_given(op, "target", target);
   TORCH_CHECK(input.dim() == 1 || input.dim() == 2, op, ": input must be 1-D or 2-D, got ", input.dim(), "-D ",
@@ -403,83 +388,22 @@ Tensor linear_cross_entropy(const Tensor& input, const Tensor& linear_weight, co
               ": weight must not require a gradient (pass weight.detach()), got one that does");
   Tensor output;
   if (probabilities && (weight_gradient || classes == 0)) {
-    output = definition({x, linear_weight, y, linear_bias.value_or(Tensor())}, w,
-                        {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)});
+    output = definition({x, linear_weight, y, linear_bias.value_or(Tensor())}, w, options);
   } else if (at::GradMode::is_enabled() &&
              (x.requires_grad() || linear_weight.requires_grad() || requires_grad(linear_bias) || y.requires_grad())) {
-    output = Node::apply(x, linear_weight, y, linear_bias, w, reduction, ignore_index, label_smoothing,
-                         lse_square_scale, softcap);
+    output = LinearCrossEntropyBackward::apply(x, linear_weight, y, linear_bias, w, options);
   } else {
     at::AutoDispatchBelowADInplaceOrView below;
-    output = std::get<0>(forward_op().call(x, linear_weight, y, linear_bias, w, reduction, ignore_index,
-                                           label_smoothing, lse_square_scale, softcap, false, false, false));
+    output = std::get<0>(forward_op(x, linear_weight, y, linear_bias, w, options, false, false, false));
   }
-  return single && reduction == kNone ? output.squeeze(0) : output;
-}
-
-// Under autocast the products are in the lower precision, and the loss stays in float32.
-template <c10::DeviceType device>
-Tensor linear_cross_entropy_autocast(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                                     const OptionalTensor& linear_bias, const OptionalTensor& weight,
-                                     FASTLLM_LCE_OPTIONS) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, device); };
-  return linear_cross_entropy(cast(input), cast(linear_weight), target, cast(linear_bias), cast(weight), reduction,
-                              ignore_index, label_smoothing, lse_square_scale, softcap);
-}
-
-// The loss in the dtype that PyTorch gives it: input's, or what input, probabilities and weight are promoted to.
-Tensor in_loss_dtype(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                     const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
-  const Tensor loss = linear_cross_entropy(input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
-                                           label_smoothing, lse_square_scale, softcap);
+  if (single && options.reduction == kNone) output = output.squeeze(0);
+  if (accumulator_dtype) return output;
+  // The dtype that PyTorch gives the loss: input's, or what input, probabilities and weight are promoted to.
   const at::ScalarType dtype =
       target.is_floating_point() ? probability_dtype(input, target, weight) : input.scalar_type();
-  return loss.scalar_type() == dtype ? loss : loss.to(dtype);
+  return output.scalar_type() == dtype ? output : output.to(dtype);
 }
 
-TORCH_LIBRARY_FRAGMENT(fastllm, m) {
-  m.def(
-      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
-      "int "
-      "reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap) -> Tensor");
-  m.def(
-      "linear_cross_entropy_forward(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? "
-      "weight, int reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap, bool "
-      "need_input, bool need_weight, bool need_bias) -> (Tensor output, Tensor grad_input, Tensor grad_weight, Tensor "
-      "grad_bias)");
-  m.def(
-      "linear_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor linear_weight, Tensor target, Tensor? "
-      "linear_bias, Tensor? weight, int reduction, int ignore_index, float label_smoothing, float lse_square_scale, "
-      "float? softcap, bool need_input, bool need_weight, bool need_bias) -> (Tensor grad_input, Tensor grad_weight, "
-      "Tensor grad_bias)");
-  m.def("linear_cross_entropy_scale_(Tensor grad_output, Tensor(a!) grad) -> ()");
-}
-TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("linear_cross_entropy", in_loss_dtype); }
-TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
-  m.impl("linear_cross_entropy", in_loss_dtype);
-  m.impl("linear_cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("linear_cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("linear_cross_entropy_scale_", torch::autograd::autogradNotImplementedFallback());
-}
-TORCH_LIBRARY_IMPL(fastllm, AutocastCPU, m) {
-  m.impl("linear_cross_entropy", linear_cross_entropy_autocast<c10::DeviceType::CPU>);
-}
-TORCH_LIBRARY_IMPL(fastllm, AutocastCUDA, m) {
-  m.impl("linear_cross_entropy", linear_cross_entropy_autocast<c10::DeviceType::CUDA>);
-}
-TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
-  m.impl("linear_cross_entropy_forward", forward_cpu);
-  m.impl("linear_cross_entropy_backward", backward_cpu);
-  m.impl("linear_cross_entropy_scale_", scale_cpu);
-}
-TORCH_LIBRARY_IMPL(fastllm, Meta, m) {
-  m.impl("linear_cross_entropy_forward", forward_meta);
-  m.impl("linear_cross_entropy_backward", backward_meta);
-  m.impl("linear_cross_entropy_scale_", scale_meta);
-}
+FASTLLM_OPERATION(linear_cross_entropy)
 
-}  // namespace
 }  // namespace fastllm

@@ -1,7 +1,6 @@
-// linear_relu: autograd node, fake kernels. Kernels: csrc/cpu/linear_relu.cpp and the library's matrix product.
-#include <ATen/autocast_mode.h>
-
+// linear_relu: checks and autograd node. Kernels: csrc/cpu/linear_relu.cpp and the library's matrix product.
 #include "linear_common.h"
+#include "operations.h"
 
 namespace fastllm {
 namespace {
@@ -16,66 +15,59 @@ Tensor forward_cpu(const Tensor& input, const Tensor& weight, const OptionalTens
   return linear_cpu(input, weight, bias, true);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& output, const Tensor& input,
-                                                const Tensor& weight, bool need_input, bool need_weight,
-                                                bool need_bias) {
+// input only for the gradient of weight, weight only for that of input.
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& output,
+                                                const OptionalTensor& input, const OptionalTensor& weight,
+                                                bool need_input, bool need_weight, bool need_bias) {
   const MaskedGradient g = mask_gradient(grad_output, output, need_bias, false);
-  const auto none = [&] { return pool::empty({0}, input.scalar_type()); };
-  return {need_input ? product(g.dz, weight) : none(), need_weight ? product_of_turned(g.dz, input) : none(),
+  const auto none = [&] { return pool::empty({0}, output.scalar_type()); };
+  return {need_input ? product(g.dz, *weight) : none(), need_weight ? product_of_turned(g.dz, *input) : none(),
           need_bias ? g.bias : none()};
 }
 
-Tensor forward_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  return at::empty_symint({input.sym_size(0), weight.sym_size(0)}, input.options());
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward_meta(const Tensor& grad_output, const Tensor& output, const Tensor& input,
-                                                 const Tensor& weight, bool need_input, bool need_weight,
-                                                 bool need_bias) {
-  const auto none = [&] { return at::empty({0}, input.options()); };
-  return {need_input ? at::empty_symint(input.sym_sizes(), input.options()) : none(),
-          need_weight ? at::empty_symint(weight.sym_sizes(), input.options()) : none(),
-          need_bias ? at::empty_symint({weight.sym_size(0)}, input.options()) : none()};
-}
-
-Tensor call_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastllm::linear_relu_forward", "").typed<decltype(forward_cpu)>();
-  return op.call(input, weight, bias);
-}
+constexpr Dispatched<"fastllm::linear_relu_forward", decltype(forward_cpu)> forward_rows;
+constexpr Dispatched<"fastllm::linear_relu_backward", decltype(backward_cpu)> backward_rows;
 
 // --- autograd ---------------------------------------------------------------------------------------------------
 
-class Node : public torch::autograd::Function<Node> {
+// Saved are the output, whose sign is the mask, and what the gradients asked for read: as by PyTorch's linear and relu.
+class LinearReluBackward : public torch::autograd::Function<LinearReluBackward> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
     at::AutoDispatchBelowADInplaceOrView below;
     backend::save(ctx);
-    const Tensor output = call_forward(input, weight, bias);
-    ctx->save_for_backward({input, weight, output, bias.value_or(Tensor())});
+    const Tensor output = forward_rows(input, weight, bias);
+    variable_list saved{where_needed(weight.requires_grad(), input), where_needed(input.requires_grad(), weight),
+                        output};
+    if (defined(bias)) saved.emplace_back();  // says that there is one, and so an edge for its gradient
+    ctx->save_for_backward(std::move(saved));
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const backend::Restored restored(ctx);
     const variable_list saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &weight = saved[1], &output = saved[2], &g = grad_outputs[0];
     const bool need_input = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1),
-               need_bias = saved[3].defined() && ctx->needs_input_grad(2);
+               need_bias = saved.size() == 4 && ctx->needs_input_grad(2);
     if (at::GradMode::is_enabled()) {
-      return differentiate(
-          [](const variable_list& a) {
-            return definition(a[0], a[1], a[2].defined() ? OptionalTensor(a[2]) : std::nullopt);
-          },
-          {saved[0], saved[1], saved[3]}, {need_input, need_weight, need_bias}, grad_outputs[0]);
+      // In PyTorch's operations, to be differentiated again. The mask has no derivative.
+      const Tensor dz = at::threshold_backward(g, output.detach(), 0);
+      return {need_input ? dz.mm(weight) : Tensor(), need_weight ? dz.t().mm(input) : Tensor(),
+              need_bias ? dz.sum(0) : Tensor()};
     }
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fastllm::linear_relu_backward", "")
-                               .typed<decltype(backward_cpu)>();
     const auto [gi, gw, gb] =
-        op.call(grad_outputs[0], saved[2], saved[0], saved[1], need_input, need_weight, need_bias);
-    return {need_input ? gi : Tensor(), need_weight ? gw : Tensor(), need_bias ? gb : Tensor()};
+        backward_rows(g, output, optional(input), optional(weight), need_input, need_weight, need_bias);
+    return {where_needed(need_input, gi), where_needed(need_weight, gw), where_needed(need_bias, gb)};
   }
 };
+
+TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("linear_relu_forward", forward_cpu);
+  m.impl("linear_relu_backward", backward_cpu);
+}
+
+}  // namespace
 
 // --- the operation ----------------------------------------------------------------------------------------------
 
@@ -87,10 +79,10 @@ Tensor linear_relu(const Tensor& input, const Tensor& weight, const OptionalTens
   const Tensor rows = as_rows(input);
   Tensor output;
   if (at::GradMode::is_enabled() && (rows.requires_grad() || weight.requires_grad() || requires_grad(bias))) {
-    output = Node::apply(rows, weight, bias);
+    output = LinearReluBackward::apply(rows, weight, bias);
   } else {
     at::AutoDispatchBelowADInplaceOrView below;
-    output = call_forward(rows, weight, bias);
+    output = forward_rows(rows, weight, bias);
   }
   if (input.dim() == 2) return output;
   if (input.dim() == 1) return output.squeeze(0);
@@ -105,39 +97,6 @@ Tensor call(const Tensor& input, const Tensor& weight, const OptionalTensor& bia
   return op.call(input, weight, bias);
 }
 
-// As linear under autocast: operands in the lower precision.
-template <c10::DeviceType device>
-Tensor linear_relu_autocast(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, device); };
-  return call(cast(input), cast(weight), cast(bias));
-}
+FASTLLM_OPERATION(linear_relu)
 
-TORCH_LIBRARY_FRAGMENT(fastllm, m) {
-  m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
-  m.def("linear_relu_forward(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
-  m.def(
-      "linear_relu_backward(Tensor grad_output, Tensor output, Tensor input, Tensor weight, bool need_input, bool "
-      "need_weight, bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
-}
-TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("linear_relu", linear_relu); }
-TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
-  m.impl("linear_relu", linear_relu);
-  m.impl("linear_relu_forward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("linear_relu_backward", torch::autograd::autogradNotImplementedFallback());
-}
-TORCH_LIBRARY_IMPL(fastllm, AutocastCPU, m) { m.impl("linear_relu", linear_relu_autocast<c10::DeviceType::CPU>); }
-TORCH_LIBRARY_IMPL(fastllm, AutocastCUDA, m) { m.impl("linear_relu", linear_relu_autocast<c10::DeviceType::CUDA>); }
-TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
-  m.impl("linear_relu_forward", forward_cpu);
-  m.impl("linear_relu_backward", backward_cpu);
-}
-TORCH_LIBRARY_IMPL(fastllm, Meta, m) {
-  m.impl("linear_relu_forward", forward_meta);
-  m.impl("linear_relu_backward", backward_meta);
-}
-
-}  // namespace
 }  // namespace fastllm

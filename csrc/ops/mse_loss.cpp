@@ -1,9 +1,8 @@
-// mse_loss: checks, autograd node, fake kernels. Kernels: csrc/cpu/mse_loss.cpp.
+// mse_loss: checks and autograd node. Kernels: csrc/cpu/mse_loss.cpp.
 #include "../cpu/mse_loss.h"
 
-#include <ATen/autocast_mode.h>
-
 #include "common.h"
+#include "operations.h"
 
 FASTLLM_DEFINE_DISPATCH(MseLossKernels, mse_loss)
 
@@ -72,85 +71,69 @@ void correct_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& t
   if (number_in(grad_output) != 1.0) backward_into(grad_output, input, {input, target, weight}, reduction, grad);
 }
 
-std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                        int64_t reduction, bool need_grad) {
-  const bool with_grad = need_grad && reduction != kNone;
-  return {reduction == kNone ? at::empty_like(input) : at::empty({}, input.options()),
-          with_grad ? at::empty_like(input) : at::empty({0}, input.options())};
-}
-
-Tensor backward_meta(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                     int64_t reduction) {
-  return at::empty_like(input);
-}
-
-void correct_meta(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                  int64_t reduction, const Tensor& grad) {}
-
-std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                        int64_t reduction, bool need_grad) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastllm::mse_loss_forward", "").typed<decltype(forward_cpu)>();
-  return op.call(input, target, weight, reduction, need_grad);
-}
-
-Tensor call_backward(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                     int64_t reduction) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastllm::mse_loss_backward", "").typed<decltype(backward_cpu)>();
-  return op.call(grad_output, input, target, weight, reduction);
-}
-
-void call_correct(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                  int64_t reduction, const Tensor& grad) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastllm::mse_loss_correct_", "").typed<decltype(correct_cpu)>();
-  op.call(grad_output, input, target, weight, reduction, grad);
-}
+constexpr Dispatched<"fastllm::mse_loss_forward", decltype(forward_cpu)> forward_op;
+constexpr Dispatched<"fastllm::mse_loss_backward", decltype(backward_cpu)> backward_op;
+constexpr Dispatched<"fastllm::mse_loss_correct_", decltype(correct_cpu)> correct_op;
 
 // --- autograd ---------------------------------------------------------------------------------------------------
 
 // Under `mean` and `sum` the gradient is formed in the forward pass, for an incoming gradient of 1; another incoming
 // gradient, a fake tensor or `none` computes it in backward from the saved inputs. On a device a kernel reads the
 // incoming gradient there, and leaves the gradient as it is where it is 1.
-class Node : public torch::autograd::Function<Node> {
+class MseLossBackward : public torch::autograd::Function<MseLossBackward> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                         int64_t reduction) {
     at::AutoDispatchBelowADInplaceOrView below;
     backend::save(ctx);
     const bool early = reduction != kNone && is_concrete(input, target);
-    auto [output, grad] = call_forward(input, target, weight, reduction, early);
+    auto [output, grad] = forward_op(input, target, weight, reduction, early);
     ctx->save_for_backward({input, target, weight.value_or(Tensor())});
     ctx->saved_data["reduction"] = reduction;
-    if (early) ctx->saved_data["grad"] = grad;
+    if (early) keep_formed(ctx, "grad", grad);
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const backend::Restored restored(ctx);
+    const Tensor& g = grad_outputs[0];
+    const bool need_input = ctx->needs_input_grad(0), need_target = ctx->needs_input_grad(1);
+    const auto both = [&](const Tensor& grad) -> variable_list {
+      return {need_input ? grad : Tensor(), need_target ? grad.neg() : Tensor(), Tensor(), Tensor()};
+    };
+    const bool formed = has_formed(ctx, "grad") && is_concrete(g) && !at::GradMode::is_enabled();
+    if (formed && is_one(g)) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      return both(take_formed(ctx, "grad"));
+    }
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &target = saved[1];
-    const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
+    const OptionalTensor weight = optional(saved[2]);
     const int64_t reduction = ctx->saved_data["reduction"].toInt();
-    const bool need_input = ctx->needs_input_grad(0), need_target = ctx->needs_input_grad(1);
     if (at::GradMode::is_enabled()) {
       auto grads = differentiate([&](const variable_list& a) { return definition(a[0], a[1], weight, reduction); },
-                                 {input, target}, {need_input, need_target}, grad_outputs[0]);
+                                 {input, target}, {need_input, need_target}, g);
+      drop_formed(ctx, "grad");
       return {grads[0], grads[1], Tensor(), Tensor()};
     }
-    const Tensor& g = grad_outputs[0];
-    Tensor grad;
     at::AutoDispatchBelowADInplaceOrView below;
-    if (ctx->saved_data.count("grad") && is_concrete(g)) {
-      grad = take_saved(ctx, "grad");
-      call_correct(g, input, target, weight, reduction, grad);
-    } else {
-      grad = call_backward(g, input, target, weight, reduction);
+    if (!formed) {
+      drop_formed(ctx, "grad");
+      return both(backward_op(g, input, target, weight, reduction));
     }
-    return {need_input ? grad : Tensor(), need_target ? grad.neg() : Tensor(), Tensor(), Tensor()};
+    const Tensor grad = take_formed(ctx, "grad");
+    correct_op(g, input, target, weight, reduction, grad);
+    return both(grad);
   }
 };
+
+TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("mse_loss_forward", forward_cpu);
+  m.impl("mse_loss_backward", backward_cpu);
+  m.impl("mse_loss_correct_", correct_cpu);
+}
+
+}  // namespace
 
 // --- the operation ----------------------------------------------------------------------------------------------
 
@@ -183,51 +166,12 @@ Tensor mse_loss(const Tensor& input, const Tensor& target, const OptionalTensor&
     t = t.to(wide);
     w = weight->to(wide);
   }
-  if (at::GradMode::is_enabled() && (x.requires_grad() || t.requires_grad())) return Node::apply(x, t, w, reduction);
+  if (at::GradMode::is_enabled() && (x.requires_grad() || t.requires_grad()))
+    return MseLossBackward::apply(x, t, w, reduction);
   at::AutoDispatchBelowADInplaceOrView below;
-  return std::get<0>(call_forward(x, t, w, reduction, false));
+  return std::get<0>(forward_op(x, t, w, reduction, false));
 }
 
-// As PyTorch's mse_loss under autocast: in float32.
-template <c10::DeviceType device>
-Tensor mse_loss_autocast(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t reduction) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(at::kFloat, t, device); };
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastllm::mse_loss", "").typed<decltype(mse_loss)>();
-  return op.call(cast(input), cast(target), cast(weight), reduction);
-}
+FASTLLM_OPERATION(mse_loss)
 
-TORCH_LIBRARY_FRAGMENT(fastllm, m) {
-  m.def("mse_loss(Tensor input, Tensor target, Tensor? weight, int reduction) -> Tensor");
-  m.def(
-      "mse_loss_forward(Tensor input, Tensor target, Tensor? weight, int reduction, bool need_grad) -> (Tensor output, "
-      "Tensor grad)");
-  m.def("mse_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, int reduction) -> Tensor");
-  m.def(
-      "mse_loss_correct_(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, int reduction, Tensor(a!) "
-      "grad) -> ()");
-}
-TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("mse_loss", mse_loss); }
-TORCH_LIBRARY_IMPL(fastllm, Autograd, m) {
-  m.impl("mse_loss", mse_loss);
-  m.impl("mse_loss_forward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("mse_loss_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("mse_loss_correct_", torch::autograd::autogradNotImplementedFallback());
-}
-TORCH_LIBRARY_IMPL(fastllm, AutocastCPU, m) { m.impl("mse_loss", mse_loss_autocast<c10::DeviceType::CPU>); }
-TORCH_LIBRARY_IMPL(fastllm, AutocastCUDA, m) { m.impl("mse_loss", mse_loss_autocast<c10::DeviceType::CUDA>); }
-TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
-  m.impl("mse_loss_forward", forward_cpu);
-  m.impl("mse_loss_backward", backward_cpu);
-  m.impl("mse_loss_correct_", correct_cpu);
-}
-TORCH_LIBRARY_IMPL(fastllm, Meta, m) {
-  m.impl("mse_loss_forward", forward_meta);
-  m.impl("mse_loss_backward", backward_meta);
-  m.impl("mse_loss_correct_", correct_meta);
-}
-
-}  // namespace
 }  // namespace fastllm

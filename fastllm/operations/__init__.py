@@ -6,10 +6,10 @@ extension is built, it registers checks, autograd nodes and CPU kernels in C++ u
 """
 
 from fastllm.operations import cross_entropy, embedding, linear_cross_entropy, linear_relu, mse_loss, relu_mlp
-from fastllm.operations.declaration import DTYPES, LIBRARY, declare, implement_in_python
+from fastllm.operations.declaration import DTYPES, LIBRARY, complete_in_extension, declare, implement_in_python
 from fastllm.operations.flops import register
 
-__all__ = ["DTYPES", "KERNELS", "LIBRARY", "NAMES", "OPERATIONS", "implement_in_python"]
+__all__ = ["DTYPES", "KERNELS", "LIBRARY", "NAMES", "OPERATIONS", "complete_in_extension", "implement_in_python"]
 
 OPERATIONS = tuple(
     module.OPERATION for module in (embedding, linear_relu, relu_mlp, mse_loss, cross_entropy, linear_cross_entropy)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -139,19 +140,25 @@ def _refusing(kernel: Kernel) -> Callable:
     return differentiable
 
 
-def _cast(operation: Operation, device_type: str) -> Callable:
-    """The Autocast entry of a public operation."""
+def _autocast_rule(operation: Operation) -> tuple[str, bool, list[bool], int]:
+    """Name, whether the dtype is the lower precision, which arguments are cast, and the index of the flag or -1."""
     rule = operation.autocast
     assert rule is not None
     overload = getattr(getattr(torch.ops, LIBRARY), operation.name).default
     names = [argument.name for argument in overload._schema.arguments]
-    casts = [name not in rule.keep for name in names]
-    flag = None if rule.flag is None else names.index(rule.flag)
+    flag = -1 if rule.flag is None else names.index(rule.flag)
+    return operation.name, rule.lower_precision, [name not in rule.keep for name in names], flag
+
+
+def _cast(operation: Operation, device_type: str) -> Callable:
+    """The Autocast entry of a public operation."""
+    overload = getattr(getattr(torch.ops, LIBRARY), operation.name).default
+    _, lower_precision, casts, flag = _autocast_rule(operation)
     key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}[device_type]
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def call(*arguments):
-        dtype = torch.get_autocast_dtype(device_type) if rule.lower_precision else torch.float32
+        dtype = torch.get_autocast_dtype(device_type) if lower_precision else torch.float32
 
         def cast(value, wanted):
             eligible = (
@@ -164,7 +171,7 @@ def _cast(operation: Operation, device_type: str) -> Callable:
             return value.to(dtype) if eligible else value
 
         values = [cast(value, wanted) for value, wanted in zip(arguments, casts, strict=True)]
-        if flag is not None:
+        if flag >= 0:
             values[flag] = True
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return overload(*values)
@@ -172,14 +179,24 @@ def _cast(operation: Operation, device_type: str) -> Callable:
     return call
 
 
-def implement_in_python(operations: tuple[Operation, ...]) -> None:
-    """Register what the compiled extension registers where it is built: public operations, autograd, autocast."""
-    library = _libraries[LIBRARY]
+def complete_in_extension(operations: tuple[Operation, ...], extension: ModuleType) -> None:
+    """Register, in C++, what follows from the declarations: autocast, the refusal of derivatives, routing to a backend."""
+    rules = [_autocast_rule(operation) for operation in operations if operation.autocast is not None]
+    extension.complete_declarations(rules, [kernel.name for operation in operations for kernel in operation.kernels])
+
+
+def implement_in_python(operations: tuple[Operation, ...], override: bool = False) -> None:
+    """Register what the compiled extension registers where it is built: public operations, autograd, autocast.
+
+    ``override`` replaces what the extension has registered, so that the tests of its nodes run on these.
+    """
+    library = torch.library.Library(LIBRARY, "IMPL")
+    _libraries[f"{LIBRARY} in Python"] = library
     for operation in operations:
         for key in ("Autograd", "CompositeExplicitAutograd"):
-            library.impl(operation.name, operation.function, key)
+            library.impl(operation.name, operation.function, key, allow_override=override)
         if operation.autocast is not None:
             for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
-                library.impl(operation.name, _cast(operation, device_type), key)
+                library.impl(operation.name, _cast(operation, device_type), key, allow_override=override)
         for kernel in operation.kernels:
-            library.impl(kernel.name, _refusing(kernel), "Autograd")
+            library.impl(kernel.name, _refusing(kernel), "Autograd", allow_override=override)

@@ -17,10 +17,6 @@
 namespace fastllm::cuda {
 namespace {
 
-#define FASTLLM_LCE_OPTIONS                                                                 \
-  int64_t reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale, \
-      std::optional<double> softcap
-
 constexpr const char* kOp = "linear_cross_entropy";
 constexpr int64_t kChunkRows = 4096;  // unless FASTLLM_LOSS_WORKSPACE gives a number of bytes of logits
 constexpr int64_t kRowMultiple = 64;
@@ -163,27 +159,23 @@ std::tuple<Tensor, Tensor, Tensor> results(const Call& call, const Gradients& g,
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& linear_weight,
                                                    const Tensor& target, const OptionalTensor& linear_bias,
-                                                   const OptionalTensor& weight, FASTLLM_LCE_OPTIONS, bool need_input,
-                                                   bool need_weight, bool need_bias) {
+                                                   const OptionalTensor& weight, const LossOptions& options,
+                                                   bool need_input, bool need_weight, bool need_bias) {
   const Call call(kOp, input);
   const at::ScalarType acc = acc_dtype(input.scalar_type());
   const Tensor loss = call.empty({input.size(0)}, acc);
-  Walk walk(call, input, linear_weight, target, linear_bias, weight,
-            {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)},
-            {need_input, need_weight, need_bias});
+  Walk walk(call, input, linear_weight, target, linear_bias, weight, options, {need_input, need_weight, need_bias});
   const Gradients g = walk.run(loss, Tensor());
   return std::tuple_cat(std::make_tuple(walk.rows().reduced(loss, acc)), results(call, g, input.scalar_type()));
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& linear_weight,
                                             const Tensor& target, const OptionalTensor& linear_bias,
-                                            const OptionalTensor& weight, FASTLLM_LCE_OPTIONS, bool need_input,
+                                            const OptionalTensor& weight, const LossOptions& options, bool need_input,
                                             bool need_weight, bool need_bias) {
   const Call call("linear_cross_entropy_backward", input);
   const Tensor loss = call.empty({input.size(0)}, acc_dtype(input.scalar_type()));
-  Walk walk(call, input, linear_weight, target, linear_bias, weight,
-            {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)},
-            {need_input, need_weight, need_bias});
+  Walk walk(call, input, linear_weight, target, linear_bias, weight, options, {need_input, need_weight, need_bias});
   return results(call, walk.run(loss, grad_output), input.scalar_type());
 }
 
@@ -196,9 +188,9 @@ void scale_(const Tensor& grad_output, const Tensor& grad) {
 }
 
 TORCH_LIBRARY_IMPL(fastllm_cuda, FASTLLM_CUDA_KEY, m) {
-  m.impl("linear_cross_entropy_forward", forward);
-  m.impl("linear_cross_entropy_backward", backward);
-  m.impl("linear_cross_entropy_scale_", scale_);
+  m.impl("linear_cross_entropy_forward", flat<&forward>);
+  m.impl("linear_cross_entropy_backward", flat<&backward>);
+  m.impl("linear_cross_entropy_scale_", flat<&scale_>);
 }
 
 }  // namespace

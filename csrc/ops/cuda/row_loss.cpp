@@ -117,7 +117,7 @@ CrossEntropy RowLoss::rows(const Tensor& logits, int64_t first, const Tensor& so
   c.ignore_index = options_.ignore_index;
   c.label_smoothing = options_.label_smoothing;
   c.lse_square_scale = options_.lse_square_scale;
-  c.softcap = options_.softcap;
+  c.softcap = options_.softcap.value_or(0);
   c.row_max = call_.out(softmax.select(0, 0));
   c.row_log_sum = call_.out(softmax.select(0, 1));
   if (grad.defined()) {

@@ -1,14 +1,10 @@
 // What cross_entropy and linear_cross_entropy share on CUDA: the call of the row kernel.
 #pragma once
 #include "../../cuda/cross_entropy.h"
+#include "../operation.h"
 #include "call.h"
 
 namespace fastllm::cuda {
-
-struct LossOptions {
-  int64_t reduction, ignore_index;
-  double label_smoothing, lse_square_scale, softcap;  // softcap 0: none
-};
 
 // A loss over rows, prepared on the device: class weights as accumulators, the divisor of the mean.
 //
