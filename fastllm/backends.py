@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from fastllm import _native, triton
-from fastllm._version import __version__
+from fastllm._build import cache
+from fastllm._version import TESTED_TORCH, __version__
 
 OPERATIONS = ("embedding", "linear_relu", "relu_mlp", "mse_loss", "cross_entropy", "linear_cross_entropy")
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -250,6 +252,16 @@ def _cuda_build(build: dict) -> str:
     return f"nvcc {build['cuda']}, {', '.join(build['cuda_architectures'])}"
 
 
+def _tested_torch(running: str) -> str:
+    """The releases of torch that were tested, and whether ``running`` is one of them."""
+    oldest, newest = TESTED_TORCH
+    minor = tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", running).groups())
+    inside = all(part.isdigit() for part in running.partition("+")[0].split(".")) and (
+        tuple(map(int, oldest.split("."))) <= minor <= tuple(map(int, newest.split(".")))
+    )
+    return f"{oldest} to {newest}" + ("" if inside else f"; torch {running} is not among them")
+
+
 class Info(dict):
     """What ``info()`` returns: a dictionary whose text is a table."""
 
@@ -277,7 +289,9 @@ def info() -> Info:
     report = Info(
         fastllm=__version__,
         torch=torch.__version__,
-        built_with=f"torch {build['torch']}, {build['cxx_version']}" if build else "not built",
+        tested_with_torch=_tested_torch(torch.__version__),
+        built_with=f"torch {build['torch']}, {build['cxx_version']}" if build else f"nothing: {_native.MISSING}",
+        extension=extension.__file__ if extension else f"none; `{cache.COMMAND}` compiles it for this torch",
         instruction_sets=", ".join(build["isa"]) if build else "none",
         cuda_kernels=_cuda_build(build),
         instruction_set=extension.cpu_capability() if extension else "none",
