@@ -88,7 +88,7 @@ def compile_all(out: Path) -> str:
     steps = [plan.Step("nvcc", f"{source.stem}.o", (source,), architectures) for source in kernel_files()]
     steps += [plan.Step("check", f"{source.stem}.checked", (source,)) for source in plan.cuda_layer()]
     out.mkdir(parents=True, exist_ok=True)
-    plan.write_ninja(out / "build.ninja", commands, steps)
+    (out / "build.ninja").write_text(plan.ninja_text(commands, steps))
     ninja = subprocess.run([toolchain.find_ninja(), "-C", out, "-k", "0"], capture_output=True, text=True)
     return "" if ninja.returncode == 0 else ninja.stdout + ninja.stderr
 

@@ -581,7 +581,8 @@ def test_ninja_file_and_editors_database(toolkit, tmp_path, monkeypatch):
     tools = toolchain.Toolchain(
         ["a compiler", "g++"], "g++ 12", Path(NINJA), folder, "2.13.0", folder, True, cuda, None
     )  # fmt: skip
-    plan.write_ninja(tmp_path / "build.ninja", *plan.extension(tools, tmp_path / "a target.so"))
+    text = plan.ninja_text(*plan.extension(tools, tmp_path / "a target.so"))
+    (tmp_path / "build.ninja").write_text(text)
     builder.write_compile_commands(tools, tmp_path, tmp_path / "compile_commands.json")
     entries = json.loads((tmp_path / "compile_commands.json").read_text())
     files = [entry["file"] for entry in entries if not entry["file"].endswith(".o")]
@@ -661,7 +662,8 @@ def test_install_without(situation, editable, tmp_path, source, path, compiler):
     how = ["--no-deps", *(["-e"] if editable else [])]
     required = env | {"FASTLLM_REQUIRE_NATIVE": "1"}
     pip = ["install", "--no-index", "--no-build-isolation", *how, tree]
-    assert f"fastllm: {SAYS[situation].partition('; its')[0]}"[:60] in venv.pip(*pip, env=required, status=1)
+    said = venv.pip(*pip, env=required, status=1)
+    assert re.search(rf"^ *fastllm: .*{re.escape(SAYS[situation])}", said, re.MULTILINE), said
     venv.install(tree, *how, env=env)
     if "torch" in without:
         said = check([venv.python, "-c", "import fastllm"], env, status=1)
@@ -684,9 +686,6 @@ def test_editable(tmp_path, source, path, with_compiler):
     )
     assert json.loads((tree / "build" / "compile_commands.json").read_text())
     check([venv.python, "setup.py", "-q", "build_ext", "--inplace"], with_compiler | {"STANDIN_FAILS": "1"}, cwd=tree)
-    assert "Node" in venv.imports(environment(path))["node"]  # nothing had changed
-    env = with_compiler | {"STANDIN_FAILS": "1", "FASTLLM_WERROR": "1"}
-    check([venv.python, "setup.py", "-q", "build_ext", "--inplace"], env, cwd=tree)
     eager_with_one_warning(venv.imports(environment(path, FASTLLM_HOME=tmp_path)), SAYS["compiler fails"])
     assert not list((tree / "fastllm").glob("_C*"))
 
@@ -731,11 +730,9 @@ def test_a_build_that_is_stopped(stop, tmp_path, pure, with_compiler):
     if stop == signal.SIGINT:
         assert error == "\nfastllm build: interrupted\n"
     assert not list(home.glob("builds/*/build.json"))
-    started = time.monotonic()
     said = check(command, env)
-    # Compilers that outlive a killed process hold the lock: the second build waits for them.
+    # After Ctrl-C no compiler is left; those that outlive a killed process hold the lock: the second build waits for them.
     assert "built " in said and ("waiting" in said) == (stop != signal.SIGINT)
-    assert stop != signal.SIGINT or time.monotonic() - started < 25
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ def build_extension(
             "sanitizer": os.environ.get("FASTLLM_SANITIZE"),
         }
         out = target.name if target.parent == folder else target
-        plan.write_ninja(ninja_file, *plan.extension(tools, out, **options))
+        ninja_file.write_text(plan.ninja_text(*plan.extension(tools, out, **options)))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         return run_ninja([tools.ninja, "-j", jobs], folder, log, show, keep_open)
 

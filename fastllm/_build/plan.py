@@ -7,6 +7,7 @@ kernels of ``csrc/cuda`` once per GPU architecture.
 from __future__ import annotations
 
 import hashlib
+import io
 import platform
 import shlex
 from collections.abc import Iterable, Mapping
@@ -74,6 +75,7 @@ class Step:
     output: Path | str
     inputs: tuple[Path | str, ...]
     flags: tuple[str, ...] = ()
+    needs: tuple[Path | str, ...] = ()  # what it is made again for, beside its inputs
 
 
 def cpu_steps() -> list[Step]:
@@ -117,8 +119,8 @@ def system_includes(folders: Iterable[Path]) -> list[str]:
     return [part for folder in folders for part in ("-isystem", quote(folder))]
 
 
-def write_ninja(path: Path, commands: Mapping[str, str], steps: Iterable[Step]) -> None:
-    """Write a ninja file.
+def ninja_text(commands: Mapping[str, str], steps: Iterable[Step]) -> str:
+    """The text of a ninja file.
 
     Parameters
     ----------
@@ -130,14 +132,16 @@ def write_ninja(path: Path, commands: Mapping[str, str], steps: Iterable[Step]) 
     """
     from ninja.ninja_syntax import Writer
 
-    with path.open("w") as file:
-        writer = Writer(file, width=10**6)  # unbroken lines: a break would change a name with two spaces in it
-        for name, command in commands.items():
-            depends = {"depfile": "$out.d", "deps": "gcc"} if "-MF $out.d" in command else {}
-            writer.rule(name, command, description=f"{name} $out", **depends)
-        for step in steps:
-            flags = {"flags": " ".join(step.flags)} if step.flags else None
-            writer.build(str(step.output), step.rule, [str(source) for source in step.inputs], variables=flags)
+    text = io.StringIO()
+    writer = Writer(text, width=10**6)  # unbroken lines: a break would change a name with two spaces in it
+    for name, command in commands.items():
+        depends = {"depfile": "$out.d", "deps": "gcc"} if "-MF $out.d" in command else {}
+        writer.rule(name, command, description=f"{name} $out", **depends)
+    for step in steps:
+        flags = {"flags": " ".join(step.flags)} if step.flags else None
+        inputs, needs = [str(path) for path in step.inputs], [str(path) for path in step.needs]
+        writer.build(str(step.output), step.rule, inputs, implicit=needs, variables=flags)
+    return text.getvalue()
 
 
 def extension(
