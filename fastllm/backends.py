@@ -254,12 +254,10 @@ def _cuda_build(build: dict) -> str:
 
 def _tested_torch(running: str) -> str:
     """The releases of torch that were tested, and whether ``running`` is one of them."""
-    oldest, newest = TESTED_TORCH
-    minor = tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", running).groups())
-    inside = all(part.isdigit() for part in running.partition("+")[0].split(".")) and (
-        tuple(map(int, oldest.split("."))) <= minor <= tuple(map(int, newest.split(".")))
-    )
-    return f"{oldest} to {newest}" + ("" if inside else f"; torch {running} is not among them")
+    oldest, newest = (tuple(map(int, release.split("."))) for release in TESTED_TORCH)
+    release = re.match(r"(\d+)\.(\d+)(\.\d+)*(\+|$)", running)  # no pre-release
+    inside = release is not None and oldest <= tuple(map(int, release.groups()[:2])) <= newest
+    return " to ".join(TESTED_TORCH) + ("" if inside else f"; torch {running} is not among them")
 
 
 class Info(dict):

@@ -7,6 +7,7 @@ leaves out. A stand-in for g++ copies the library of this tree where it should l
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import re
@@ -604,6 +605,32 @@ def test_objects_are_made_once(in_process, tmp_path, monkeypatch):
         builder.build_extension(tools, tmp_path / "x.so", objects, "0.1", show=lines.append)
         counts.append(sum(" compile " in line for line in lines))
     assert counts[0] == counts[2] > 30 and counts[1] == 0
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(terminal):
+    out = io.StringIO()
+    out.isatty = lambda: terminal
+    show = builder.Progress(out)
+    for line in ("[1/3] compile a.o", "a warning", "", "[2/3] compile b.o", "[3/3] link c.so", ""):
+        show(line)
+    ends = "\r\033[K[1/3] compile a.o\n\r\033[K[2/3] compile b.o\r\033[K[3/3] link c.so\n"
+    assert out.getvalue() == (ends if terminal else "[1/3] compile a.o\n[3/3] link c.so\n")
+
+
+@pytest.mark.parametrize(
+    ("printed", "error"),
+    [
+        ("FAILED: x.o\ng++ -Werror=x /error/y\nx.cpp:3:1: error: no\nx.cpp:4:1: error: never", "x.cpp:3:1: error: no"),
+        ("/usr/bin/ld: cannot find -lx\ncollect2: error: ld returned 1", "/usr/bin/ld: cannot find -lx"),
+        ("nothing to see", "ninja ended with status 3"),
+    ],
+)
+def test_first_error(tmp_path, printed, error):
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", f"print({printed!r}); raise SystemExit(3)"]
+    assert builder.run_ninja(command, tmp_path, log, lambda line: None) == error
+    assert log.read_text() == f"{printed}\n"
 
 
 # Documents.

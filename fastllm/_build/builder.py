@@ -26,18 +26,20 @@ class Progress:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._terminal = stream, stream.isatty()
-        self._next = time.monotonic()
+        self._next, self._unfinished = time.monotonic(), False
 
     def __call__(self, line: str) -> None:
+        """Show ``line``; an empty one ends the line that the terminal shows."""
         counts = re.match(r"\[(\d+)/(\d+)\]", line)
-        if counts is None:
-            return
-        last = counts.group(1) == counts.group(2)
-        if self._terminal:
-            print(f"\r\033[K{line[:76]}", end="\n" if last else "", file=self._stream, flush=True)
-        elif last or time.monotonic() >= self._next:
+        if counts and self._terminal:
+            print(f"\r\033[K{line[:76]}", end="", file=self._stream, flush=True)
+            self._unfinished = True
+        elif counts and (counts.group(1) == counts.group(2) or time.monotonic() >= self._next):
             print(line, file=self._stream, flush=True)
             self._next = time.monotonic() + self.EVERY
+        elif not line and self._unfinished:
+            print(file=self._stream, flush=True)
+            self._unfinished = False
 
 
 @contextlib.contextmanager
@@ -68,7 +70,7 @@ def run_ninja(
     log
         Everything that it prints is added to this file.
     show
-        Is given each line.
+        Is given each line, and an empty one at the end.
     keep_open
         File descriptors that ninja and its compilers inherit: a lock lasts as long as one of them lives.
 
@@ -92,13 +94,15 @@ def run_ninja(
         try:
             for line in process.stdout:
                 file.write(line)
-                if error is None and re.search(r"\berror\b|\bfatal\b", line, re.IGNORECASE):
+                if error is None and re.search(r"\berror:|cannot find|undefined reference|No space left", line):
                     error = line.strip()
                 show(line.rstrip("\n"))
         except BaseException:  # Ctrl-C reaches only this process if it was not typed at a terminal
             process.send_signal(signal.SIGINT)
             process.wait()
             raise
+        finally:
+            show("")
         if process.wait() == 0:
             return None
     return error or f"ninja ended with status {process.returncode}"

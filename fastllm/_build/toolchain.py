@@ -257,7 +257,7 @@ def find(wish_cuda: str = "", say: Callable[[str], None] = print) -> Toolchain:
         python_include,
         torch.__version__,
         Path(torch.__file__).parent,
-        torch._C._GLIBCXX_USE_CXX11_ABI,
+        torch.compiled_with_cxx11_abi(),
         cuda,
         cuda_missing,
     )
