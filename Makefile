@@ -1,9 +1,10 @@
 # Everything runs in .venv, which the first target makes: python3 (3.10+), g++ and make are all that is needed.
 PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
-SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h) setup.py pyproject.toml
+SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h) $(wildcard fastllm/_build/*.py) setup.py pyproject.toml
+PIP_WHEEL = $(VENV_PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
-.PHONY: demo test check test-asan bench bench-quick bench-all plots readme-benchmarks gpu-check clean
+.PHONY: demo test check test-asan bench bench-quick bench-all plots readme-benchmarks wheel wheel-pure gpu-check clean
 
 demo: .venv/built
 	$(VENV_PYTHON) -m fastllm train --compare-eager
@@ -33,6 +34,13 @@ plots: .venv/built .venv/benchmarks
 
 readme-benchmarks: .venv/built
 	$(VENV_PYTHON) benchmarks/readme.py
+
+# In dist/: with the compiled operations, for this platform, Python and torch; without them, for any.
+wheel: .venv/built
+	FASTLLM_REQUIRE_NATIVE=1 FASTLLM_NAME_TORCH=1 $(PIP_WHEEL)
+
+wheel-pure: .venv/installed
+	FASTLLM_PURE=1 $(PIP_WHEEL)
 
 # On a machine with a GPU, in the environment of PYTHON: nothing is installed. OUT is the folder of the reports.
 gpu-check:

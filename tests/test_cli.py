@@ -102,7 +102,7 @@ def test_mistakes_are_one_line(arguments, message):
     assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stderr, run.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["bench"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["bench"], ["build"], ["info"]])
 def test_help(command):
     run = fastllm(*command, "--help")
     assert run.returncode == 0 and "usage" in run.stdout

@@ -20,6 +20,7 @@ from torch.utils import cpp_extension
 
 import fastllm
 from fastllm import _native
+from fastllm._build import plan, toolchain
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -34,34 +35,34 @@ FLAGS = [
 
 def _ninja(out: Path, sources: dict[str, Path], library: Path, link: str, objects: tuple[Path, ...] = ()) -> Path:
     """Compile ``sources`` (object: source), link them and ``objects``; what is up to date stays."""
-    import ninja
-
-    out.mkdir(parents=True, exist_ok=True)
-    abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
-    includes = " ".join(f"-isystem '{path}'" for path in cpp_extension.include_paths())
-    lines = [
-        "rule compile",
-        f"  command = g++ -MMD -MF $out.d {' '.join(FLAGS)} -D_GLIBCXX_USE_CXX11_ABI={abi} -I'{HERE}' {includes} "
-        "-x c++ -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = g++ $in -shared {link} -o $out",
-        *(f"build {obj}: compile {source}" for obj, source in sources.items()),
-        f"build {library}: link {' '.join([*sources, *map(str, objects)])}",
+    includes = plan.system_includes(map(Path, cpp_extension.include_paths()))
+    flags = [
+        *FLAGS,
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+        f"-I{plan.quote(HERE)}",
+        *includes,
     ]
-    (out / "build.ninja").write_text("\n".join(lines) + "\n")
-    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", out, "--quiet"], check=True, stdout=sys.stderr)
+    commands = {
+        "compile": f"g++ -MMD -MF $out.d {' '.join(flags)} -x c++ -c $in -o $out",
+        "link": f"g++ $in -shared {link} -o $out",
+    }
+    steps = [plan.Step("compile", obj, (source,)) for obj, source in sources.items()]
+    steps.append(plan.Step("link", library, (*sources, *objects)))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "build.ninja").write_text(plan.ninja_text(commands, steps))
+    subprocess.run([toolchain.find_ninja(), "-C", out, "--quiet"], check=True, stdout=sys.stderr)
     return library
 
 
 def _link_torch() -> str:
-    return " ".join(f"-L'{path}'" for path in cpp_extension.library_paths()) + " -ltorch -ltorch_cpu -lc10 -ldl"
+    return (
+        " ".join(f"-L{plan.quote(path)}" for path in cpp_extension.library_paths()) + " -ltorch -ltorch_cpu -lc10 -ldl"
+    )
 
 
 def _sources() -> dict[str, Path]:
     layer = [*sorted((ROOT / "csrc" / "ops" / "cuda").glob("*.cpp")), HERE / "emulator.cpp"]
-    kernels = {f"{source.stem}.o": source for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))}
+    kernels = {f"{source.stem}.o": source for source in plan.cuda_kernels()}
     return kernels | {f"{source.stem}_layer.o": source for source in layer}
 
 
