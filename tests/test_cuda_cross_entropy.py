@@ -19,6 +19,8 @@ if os.environ.get("FASTLLM_CUDA_HOST") != "1":
 
 import cuda_host  # noqa: E402
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).resolve().parent.parent
 OPS = torch.ops.fastllm_cuda
 STRATEGIES = ("row", "cluster4", "cluster16", "passes")
@@ -308,6 +310,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_found(bug, tmp_path):
     library = cuda_host.build_mutant(tmp_path, "cross_entropy", *PLANTED[bug])

@@ -20,6 +20,8 @@ if os.environ.get("FASTLLM_CUDA_HOST") != "1":
 
 import cuda_host  # noqa: E402
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -136,6 +138,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_found(bug, tmp_path):
     library = cuda_host.build_mutant(tmp_path, "mse_loss", *PLANTED[bug])

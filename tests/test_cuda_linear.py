@@ -17,6 +17,8 @@ if os.environ.get("FASTLLM_CUDA_HOST") != "1":
 
 import cuda_host  # noqa: E402
 
+pytestmark = pytest.mark.numbers
+
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -199,6 +201,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_found(bug, tmp_path):
     kernel, old, new, tests = PLANTED[bug]

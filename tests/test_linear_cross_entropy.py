@@ -11,6 +11,7 @@ from operations import cases_of
 import fastllm
 import fastllm.functional as F
 
+pytestmark = pytest.mark.numbers
 TESTS = str(Path(__file__).resolve().parent)
 
 

@@ -17,6 +17,7 @@ FUNCTIONS = {
 OPINFO = {info.name: info for info in op_db if info.name in FUNCTIONS and not info.variant_test_name}
 
 
+@pytest.mark.contract
 def test_samples_exist():
     assert set(OPINFO) == set(FUNCTIONS)
 
@@ -34,6 +35,7 @@ def _call(function, name, sample):
     return run
 
 
+@pytest.mark.numbers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -57,6 +59,7 @@ def test_opinfo_samples(name, dtype):
     assert count > 2
 
 
+@pytest.mark.contract
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_opinfo_error_inputs(name):
@@ -78,6 +81,7 @@ LAYERS = {
 MODULEINFO = {info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in LAYERS}
 
 
+@pytest.mark.contract
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
