@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import check_against_float64
+from helpers import check_against_float64, cpu_kernels
 from operations import ALL, cases_of, plain_calls, small_cases
 from torch.utils.checkpoint import checkpoint
 
@@ -162,7 +162,7 @@ def test_checkpoint(case):
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_compile(op, dynamic):
     torch._dynamo.reset()
@@ -223,6 +223,7 @@ def test_plain_operations_refuse_silent_gradients():
         output.backward()
 
 
+@cpu_kernels
 @pytest.mark.numbers
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_thread_count_does_not_show(op):
