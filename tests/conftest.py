@@ -1,8 +1,12 @@
-"""Chooses what the kernels run on: the CPU, a GPU (FASTLLM_TEST_DEVICE=cuda), or CUDA kernels played on the CPU."""
+"""Chooses what the kernels run on: the CPU, a GPU (FASTLLM_TEST_DEVICE=cuda), or CUDA kernels emulated on the CPU."""
 
+import itertools
 import os
 
+import pytest
 import torch
+
+NEIGHBOURS = 16  # tests of a file that stay together when tests are shared out
 
 if os.environ.get("FASTLLM_CUDA_HOST") == "1":
     import cuda_host
@@ -11,3 +15,18 @@ if os.environ.get("FASTLLM_CUDA_HOST") == "1":
 
 if os.environ.get("FASTLLM_TEST_DEVICE") == "cuda" and torch.cuda.is_available():
     torch.set_default_device("cuda")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--part", default="1/1", help="k/n: a share of the selected tests; n such runs are all of them")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
+    """Runs of neighbours are dealt out like cards: what a file imports or compiles is often needed by one part alone."""
+    part, parts = map(int, config.getoption("--part").split("/"))
+    files = [list(tests) for _, tests in itertools.groupby(items, key=lambda item: item.path)]
+    hands = [tests[i : i + NEIGHBOURS] for tests in files for i in range(0, len(tests), NEIGHBOURS)]
+    kept = [item for i, hand in enumerate(hands) if i % parts == part - 1 for item in hand]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept] if parts > 1 else [])
+    items[:] = kept
