@@ -3,6 +3,15 @@
 ``fastllm.functional`` holds the operations, ``fastllm.nn`` the layers, ``fastllm.models`` a small language model.
 """
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError(
+        "fastllm needs PyTorch, which is not installed here: pip install 'torch>=2.11'", name="torch"
+    ) from None
+
 from fastllm import functional, memory, nn
 from fastllm._version import __version__
 from fastllm.backends import info, set_backend, use_backend

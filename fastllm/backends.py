@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from fastllm import _native, operations, triton
-from fastllm._version import __version__
+from fastllm._build import cache
+from fastllm._version import TESTED_TORCH, __version__
 from fastllm.operations import DTYPES
 from fastllm.operations import NAMES as OPERATIONS
 
@@ -281,6 +283,14 @@ def _cuda_build(build: dict) -> str:
     return f"nvcc {build['cuda']}, {', '.join(build['cuda_architectures'])}"
 
 
+def _tested_torch(running: str) -> str:
+    """The releases of torch that were tested, and whether ``running`` is one of them."""
+    oldest, newest = (tuple(map(int, release.split("."))) for release in TESTED_TORCH)
+    release = re.match(r"(\d+)\.(\d+)(\.\d+)*(\+|$)", running)  # no pre-release
+    inside = release is not None and oldest <= tuple(map(int, release.groups()[:2])) <= newest
+    return " to ".join(TESTED_TORCH) + ("" if inside else f"; torch {running} is not among them")
+
+
 class Info(dict):
     """What ``info()`` returns: a dictionary whose text is a table."""
 
@@ -308,7 +318,9 @@ def info() -> Info:
     report = Info(
         fastllm=__version__,
         torch=torch.__version__,
-        built_with=f"torch {build['torch']}, {build['cxx_version']}" if build else "not built",
+        tested_with_torch=_tested_torch(torch.__version__),
+        built_with=f"torch {build['torch']}, {build['cxx_version']}" if build else f"nothing: {_native.MISSING}",
+        extension=extension.__file__ if extension else f"none; `{cache.COMMAND}` compiles it for this torch",
         instruction_sets=", ".join(build["isa"]) if build else "none",
         cuda_kernels=_cuda_build(build),
         instruction_set=extension.cpu_capability() if extension else "none",

@@ -1,4 +1,4 @@
-"""The command line: ``fastllm train | generate | bench | info``."""
+"""The command line: ``fastllm train | generate | bench | build | info``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from fastllm import backends, data, training
+from fastllm import _native, backends, data, training
+from fastllm._build import cache
+from fastllm._build.toolchain import CompileFailed
 from fastllm.models import MLPLanguageModel
 from fastllm.tokenizer import Tokenizer
 
@@ -61,6 +63,19 @@ def _parser() -> argparse.ArgumentParser:
         "bench", help="time the operations against PyTorch (runs benchmarks/run.py of the source tree)", add_help=False
     )
     bench.set_defaults(run=_bench)
+
+    build = commands.add_parser(
+        "build",
+        help="compile the operations for this torch into the user's cache",
+        description="Compiles the C++ and CUDA operations for the torch at hand. They go into the folder FASTLLM_HOME "
+        "(default: fastllm in the user's cache folder), where `import fastllm` finds them. Needs g++ (or CXX), the Python "
+        "package ninja and, for CUDA kernels, a CUDA build of torch and nvcc (CUDA_HOME, TORCH_CUDA_ARCH_LIST). "
+        "MAX_JOBS limits the compilers that run at once.",
+    )
+    build.set_defaults(run=_build)
+    kernels = build.add_mutually_exclusive_group()
+    kernels.add_argument("--cuda", action="store_const", const="1", dest="cuda", help="CUDA kernels or an error")
+    kernels.add_argument("--cpu", action="store_const", const="0", dest="cuda", help="no CUDA kernels")
 
     info = commands.add_parser("info", help="what is built and which backend serves which operation")
     info.set_defaults(run=_info)
@@ -211,6 +226,21 @@ def _bench(options: argparse.Namespace) -> int:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main(options.rest)
+
+
+def _build(options: argparse.Namespace) -> int:
+    wish = os.environ.get("FASTLLM_CUDA", "") if options.cuda is None else options.cuda
+    loaded = _native.extension and Path(_native.extension.__file__)
+    wants_cuda = wish == "1" or (wish != "0" and torch.version.cuda is not None)
+    if loaded and loaded.parent == Path(__file__).parent and not (wants_cuda and _native.BUILD.get("cuda") is None):
+        print(f"nothing to do: the package has compiled operations for this torch, {loaded}")
+        return 0
+    try:
+        cache.build(wish, sys.stdout)
+    except CompileFailed as error:
+        print(f"fastllm build: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _info(options: argparse.Namespace) -> int:

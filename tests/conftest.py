@@ -4,9 +4,13 @@
 of those in C++.
 """
 
+import itertools
 import os
 
+import pytest
 import torch
+
+NEIGHBOURS = 16  # tests of a file that stay together when tests are shared out
 
 if os.environ.get("FASTLLM_CUDA_HOST") == "1":
     import cuda_host
@@ -20,3 +24,18 @@ if os.environ.get("FASTLLM_TEST_NODES") == "python":
     import fastllm
 
     fastllm.operations.implement_in_python(fastllm.operations.OPERATIONS, override=True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--part", default="1/1", help="k/n: a share of the selected tests; n such runs are all of them")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
+    """Runs of neighbours are dealt out like cards: what a file imports or compiles is often needed by one part alone."""
+    part, parts = map(int, config.getoption("--part").split("/"))
+    files = [list(tests) for _, tests in itertools.groupby(items, key=lambda item: item.path)]
+    hands = [tests[i : i + NEIGHBOURS] for tests in files for i in range(0, len(tests), NEIGHBOURS)]
+    kept = [item for i, hand in enumerate(hands) if i % parts == part - 1 for item in hand]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept] if parts > 1 else [])
+    items[:] = kept

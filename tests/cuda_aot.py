@@ -14,12 +14,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from torch.utils import cpp_extension
+
+from fastllm._build import plan, toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("sm_80", "sm_90a", "sm_100")
@@ -58,60 +59,45 @@ class Kernel:
         return None
 
 
-def setup_module() -> ModuleType:
-    """setup.py, for its flags and its search for the toolkit."""
-    spec = importlib.util.spec_from_file_location("fastllm_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def why_not() -> str | None:
     """Why nothing can be compiled here, or None."""
-    setup = setup_module()
     try:
-        setup.find_cuda("13.0")
-    except setup.CannotBuild as reason:
+        toolchain.find_cuda("13.0")
+    except toolchain.CannotBuild as reason:
         return str(reason)
     return None
+
+
+def nvcc() -> Path:
+    return toolchain.find_cuda("13.0").nvcc
 
 
 def kernel_files(kernels: Path = ROOT / "csrc" / "cuda") -> list[Path]:
     return sorted(kernels.glob("*.cu"))
 
 
-def compile_all(out: Path) -> str:
+def compile_all(out: Path, targets: Sequence[str] = TARGETS, layer: bool = True) -> str:
     """Compile kernels and torch-facing layer into ``out`` with ninja; the compilers' output if one fails, else ""."""
-    setup = setup_module()
-    cuda = setup.find_cuda("13.0")
-    architectures = " ".join(
-        f"-gencode=arch=compute_{target[3:]},code={target}" for target in TARGETS
-    )  # machine code alone: no PTX to assemble
-    nvcc_flags = " ".join([*setup.NVCC_FLAGS, "-Werror=all-warnings", "-Xptxas=-v"])
-    flags = " ".join(
-        [*setup.COMMON_FLAGS, "-Werror", "-fsyntax-only", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
-        + [f"-isystem '{path}'" for path in [*cpp_extension.include_paths(), cuda.home / "include"]]
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [
-        "rule nvcc",
-        f"  command = {cuda.nvcc} -MD -MF $out.d {nvcc_flags} {architectures} -c $in -o $out > $out.log 2>&1 "
+    cuda = toolchain.find_cuda("13.0")
+    nvcc_flags = " ".join([*plan.NVCC_FLAGS, "-Werror=all-warnings", "-Xptxas=-v"])
+    includes = plan.system_includes([*map(Path, cpp_extension.include_paths()), cuda.home / "include"])
+    flags = [*plan.COMMON_FLAGS, "-Werror", "-fsyntax-only", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE", *includes]
+    commands = {
+        "nvcc": f"{plan.quote(cuda.nvcc)} -MD -MF $out.d {nvcc_flags} $flags -c $in -o $out > $out.log 2>&1 "
         "|| (cat $out.log; false)",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule check",
-        f"  command = g++ -MMD -MF $out.d -MT $out {flags} $in && touch $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
+        "check": f"g++ -MMD -MF $out.d -MT $out {' '.join(flags)} $in && touch $out",
+    }
+    # Machine code alone: no PTX to assemble.
+    architectures = tuple(f"-gencode=arch=compute_{target[3:]},code={target}" for target in targets)
+    steps = [
+        plan.Step("nvcc", f"{source.stem}.o", (source,), architectures)
+        for source in (kernel_files() if targets else [])
     ]
-    for source in kernel_files():
-        lines.append(f"build {source.stem}.o: nvcc {source}")
-    layer = [*(ROOT / "csrc" / "cuda").glob("*.cpp"), *(ROOT / "csrc" / "ops" / "cuda").glob("*.cpp")]
-    for source in sorted(layer):
-        lines.append(f"build {source.stem}.checked: check {source}")
-    (out / "build.ninja").write_text("\n".join(lines) + "\n")
-    ninja = subprocess.run([setup.find_ninja(), "-C", out, "-k", "0"], capture_output=True, text=True)
+    if layer:
+        steps += [plan.Step("check", f"{source.stem}.checked", (source,)) for source in plan.cuda_layer()]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "build.ninja").write_text(plan.ninja_text(commands, steps))
+    ninja = subprocess.run([toolchain.find_ninja(), "-C", out, "-k", "0"], capture_output=True, text=True)
     return "" if ninja.returncode == 0 else ninja.stdout + ninja.stderr
 
 
@@ -153,11 +139,13 @@ def disassembler() -> str | None:
     return found
 
 
-def missing_instructions(out: Path) -> list[str]:
+def missing_instructions(out: Path, targets: Sequence[str] = TARGETS) -> list[str]:
     """What the machine code lacks of INSTRUCTIONS."""
     missing = []
     for file, wanted in INSTRUCTIONS.items():
         for target, patterns in wanted.items():
+            if target not in targets:
+                continue
             command = [disassembler(), "-sass", "-arch", target, out / f"{file}.o"]
             code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             missing += [f"{file} for {target}: no {p}" for p in patterns if not re.search(p, code)]

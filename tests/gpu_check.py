@@ -17,8 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-from run import KERNEL_TESTS
-
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("cuda", "triton", "eager")
 FEW = "test_error_against_float64 and torch.bfloat16 and (mse_loss or embedding or cross_entropy) and cuda"
@@ -44,13 +42,14 @@ def commands(out: Path) -> dict[str, list[tuple[str, list[str], dict[str, str], 
     build = [python, "setup.py", "-q", "build_ext", "--inplace"]
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or architecture()
     required = {"FASTLLM_REQUIRE_NATIVE": "1", "FASTLLM_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
-    files = [f"tests/{name}" for name in [*KERNEL_TESTS, "test_contract.py", "test_opinfo.py"]]
+    contract = ["tests/test_contract.py", "tests/test_opinfo.py"]
     suite = [*pytest, "tests", "-x", "--ignore=tests/test_build.py", "--ignore=tests/test_benchmarks.py"]
     bench = [python, "benchmarks/run.py", "--device", "cuda", "--out", str(out)]
 
-    def on_device(backend: str) -> tuple[str, list[str], dict[str, str], int]:
+    def on_device(backend: str, files: list[str], marker: str) -> tuple[str, list[str], dict[str, str], int]:
         env = {"FASTLLM_TEST_DEVICE": "cuda", "FASTLLM_BACKEND": backend, "FASTLLM_CHECK": "1"}
-        return f"device, {backend}", [*pytest, *files, "-k", ON_DEVICE, "--maxfail=30"], env, 150
+        command = [*pytest, *files, "-m", f"{marker} and not slow", "-k", ON_DEVICE, "--maxfail=30"]
+        return f"device, {backend}, {marker}", command, env, 150
 
     def sanitized(tool: str) -> tuple[str, list[str], dict[str, str], int]:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *pytest, "tests/test_gpu.py", "-k", FEW]
@@ -59,7 +58,11 @@ def commands(out: Path) -> dict[str, list[tuple[str, list[str], dict[str, str], 
     return {
         "build": [("build", build, required, 300)],
         "gpu": [("gpu", [*pytest, "tests/test_gpu.py"], {}, 240)],
-        "device": [on_device(backend) for backend in BACKENDS],
+        "device": [
+            on_device(backend, files, marker)
+            for backend in BACKENDS
+            for files, marker in ((["tests"], "numbers"), (contract, "contract"))
+        ],
         "sanitizer": [sanitized(tool) for tool in ("memcheck", "racecheck")],
         "bench": [("bench", bench, {}, 300)],
         "suite": [("suite", suite, {}, 300)],

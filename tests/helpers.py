@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
+import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INSTRUCTION_SETS = ("default", "avx2", "avx512")  # values of ATEN_CPU_CAPABILITY
+
+# CUDA kernels as fibers, Triton kernels interpreted: some thousand times slower than the kernels of the CPU.
+EMULATED = os.environ.get("FASTLLM_CUDA_HOST") == "1" or os.environ.get("TRITON_INTERPRET") == "1"
+cpu_kernels = pytest.mark.skipif(EMULATED, reason="about the CPU's kernels: their caches, their threads, their cuts")
 
 # What is granted on top of twice PyTorch's error, relative to the size of the result.
 EPSILON = {torch.float32: 2e-6, torch.float64: 2e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -75,18 +86,50 @@ def check_against_float64(
         assert error <= bound, f"{name}: error {error:.3g} > {bound:.3g} (PyTorch's {_error(e, t):.3g}, max {size:.3g})"
 
 
-def run_python(code: str, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run ``code`` in a fresh interpreter (an instruction set is chosen once per process), on what conftest.py chooses."""
-    import os
+# Imports torch once, then forks for each request: a line of JSON with code, environment and files for its output.
+_SERVER = """
+import json, os, signal, sys
+import torch
+for line in sys.stdin:
+    request = json.loads(line)
+    if (child := os.fork()) == 0:
+        break
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.alarm(request["timeout"])
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+os.environ.update(request["env"])
+for number, name in enumerate(["/dev/null", request["stdout"], request["stderr"]]):
+    os.dup2(os.open(name, os.O_RDWR), number)
+sys.path.append(request["tests"])
+import conftest
+exec(compile(request["code"], "<code>", "exec"), {"__name__": "__main__"})
+"""
+_server: list[subprocess.Popen] = []
 
-    here = str(Path(__file__).resolve().parent)
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.append({here!r}); import conftest\n{code}"],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **(env or {})},
-    )
+
+def run_python(code: str, env: dict[str, str] | None = None, timeout: int = 300) -> subprocess.CompletedProcess:
+    """Run ``code`` in a process of its own that has imported torch and nothing of ours, on what conftest.py chooses.
+
+    An instruction set and most variables of ours are read once in a process, after this; what torch reads while it is
+    imported (OMP_NUM_THREADS) is that of the tests.
+    """
+    if not _server or _server[0].poll() is not None:
+        command, pipe = [sys.executable, "-c", _SERVER], subprocess.PIPE
+        _server[:] = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)]
+        atexit.register(_server[0].kill)
+    server, start = _server[0], time.monotonic()
+    with tempfile.NamedTemporaryFile("r", errors="replace") as out, tempfile.NamedTemporaryFile("r") as err:
+        request = {"code": code, "env": env or {}, "timeout": timeout, "stdout": out.name, "stderr": err.name}
+        request["tests"] = str(Path(__file__).resolve().parent)
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        if status == -signal.SIGKILL and time.monotonic() - start >= timeout:
+            raise subprocess.TimeoutExpired(code, timeout, out.read(), err.read())
+        return subprocess.CompletedProcess(code, status, out.read(), err.read())
 
 
 def bytes_left(function: Callable) -> int:

@@ -7,6 +7,8 @@ import torch.nn.functional as TF
 import fastllm
 import fastllm.functional as F
 
+pytestmark = pytest.mark.contract
+
 x = torch.randn(3, 4)
 ids = torch.tensor([0, 1, 2])
 table = torch.randn(5, 4)

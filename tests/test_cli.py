@@ -19,6 +19,14 @@ def fastllm(*arguments, **kwargs):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
 
 
+def status(arguments):
+    """What a process of these arguments would end with."""
+    try:
+        return main(arguments)
+    except SystemExit as ending:
+        return ending.code or 0
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
@@ -97,15 +105,22 @@ def test_resume(text, tmp_path):
         ([], "required"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message):
-    run = fastllm(*arguments)
-    assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stderr, run.stderr
+def test_mistakes_are_one_line(arguments, message, capsys):
+    """In this process: starting one for each would take most of the time of this file."""
+    assert status(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error, error
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["bench"], ["info"]])
-def test_help(command):
-    run = fastllm(*command, "--help")
-    assert run.returncode == 0 and "usage" in run.stdout
+def test_a_mistake_of_a_process():
+    run = fastllm("train", "--text", "absent.txt")
+    assert run.returncode == 2 and "cannot read absent.txt" in run.stderr and "Traceback" not in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["bench"], ["build"], ["info"]])
+def test_help(command, capsys):
+    assert status([*command, "--help"]) == 0
+    assert "usage" in capsys.readouterr().out
 
 
 def test_info():

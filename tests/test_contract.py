@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import bytes_left, check_against_float64
+from helpers import bytes_left, check_against_float64, cpu_kernels
 from operations import ALL, Case, cases_of, plain_calls, small_cases
 from torch.utils.checkpoint import checkpoint
 
@@ -28,21 +28,25 @@ def gradients(case, seed=0, **kwargs):
     return output, torch.autograd.grad(output, differentiable(case), incoming, **kwargs)
 
 
+@pytest.mark.contract
 def test_every_operation_has_cases():
     assert {case.op for case in SMALL} == set(OPERATIONS)
     assert {case.op for f in ALL.values() for case in f(torch.float32)} == set(OPERATIONS)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("case", SMALL, ids=repr)
 def test_gradcheck(case):
     assert torch.autograd.gradcheck(case.ours, case.inputs)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("case", SMALL, ids=repr)
 def test_gradgradcheck(case):
     assert torch.autograd.gradgradcheck(case.ours, case.inputs)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("case", SMALL, ids=repr)
 def test_two_backwards_agree(case):
     output = case.ours(*case.inputs)
@@ -60,6 +64,7 @@ def test_two_backwards_agree(case):
         torch.autograd.grad(output, wanted, incoming)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("case", [c for c in SMALL if c.name.split("-")[-1] in ("mean", "sum")], ids=repr)
 def test_two_backwards_agree_for_an_incoming_gradient_of_one(case):
     output = case.ours(*case.inputs)
@@ -74,6 +79,7 @@ def test_two_backwards_agree_for_an_incoming_gradient_of_one(case):
         torch.autograd.grad(output, wanted)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("case", SMALL, ids=repr)
 def test_inputs_unchanged(case):
     before = [None if a is None else a.detach().clone() for a in case.inputs]
@@ -83,6 +89,7 @@ def test_inputs_unchanged(case):
         assert a is None or (torch.equal(a, b) and a._version == v)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("case", SMALL, ids=repr)
 def test_gradients_only_where_asked(case):
     """Any subset of inputs may be frozen: the others' gradients are the same, and frozen inputs get none."""
@@ -98,6 +105,7 @@ def test_gradients_only_where_asked(case):
     assert not case.ours(*[a if a is None else a.detach() for a in case.inputs]).requires_grad
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("case", SMALL, ids=repr)
 def test_no_grad_and_inference_mode(case):
     expected = case.ours(*case.inputs).detach()
@@ -109,6 +117,7 @@ def test_no_grad_and_inference_mode(case):
         torch.testing.assert_close(case.ours(*case.inputs).clone(), expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("case", SMALL, ids=repr)
 def test_functional_transforms(case):
     """torch.func.grad and vmap differentiate the eager definition."""
@@ -129,6 +138,7 @@ def test_functional_transforms(case):
         torch.testing.assert_close(batched[i], case.ours(*[a[i] for a in stacked]))
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("case", SMALL, ids=repr)
 def test_forward_mode(case):
     tangents = [torch.randn_like(a) for a in case.inputs]
@@ -142,6 +152,7 @@ def test_forward_mode(case):
     torch.testing.assert_close(tangent, expected)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("case", SMALL, ids=repr)
 def test_checkpoint(case):
     output, expected = gradients(case)
@@ -151,7 +162,8 @@ def test_checkpoint(case):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.contract
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_compile(op, dynamic):
     torch._dynamo.reset()
@@ -167,12 +179,14 @@ def test_compile(op, dynamic):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.contract
 def test_compile_of_a_transform():
     x, t = torch.randn(4, 3), torch.randn(4, 3)
     f = torch.func.grad(lambda x: F.mse_loss(x, t))
     torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
 
 
+@pytest.mark.contract
 def test_compile_with_inductor():
     torch._dynamo.reset()
     ids, y = torch.randint(0, 50, (12,)), torch.randint(0, 50, (12,))
@@ -189,6 +203,7 @@ def test_compile_with_inductor():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.contract
 @native
 def test_opcheck():
     seen = set()
@@ -199,6 +214,7 @@ def test_opcheck():
     assert seen == registered, registered ^ seen
 
 
+@pytest.mark.contract
 @native
 def test_plain_operations_refuse_silent_gradients():
     """A plain forward or backward op has no derivative: differentiating it is an error, not a missing gradient."""
@@ -208,6 +224,8 @@ def test_plain_operations_refuse_silent_gradients():
         output.backward()
 
 
+@cpu_kernels
+@pytest.mark.numbers
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_thread_count_does_not_show(op):
     """Our own kernels: bit for bit. Products by a library differ in the order of their sums."""
@@ -265,6 +283,7 @@ AUTOCAST = {
 }
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -289,6 +308,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_any_layout(op, layout):
@@ -311,6 +331,7 @@ def test_any_layout(op, layout):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.numbers
 def test_channels_last_mse():
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last).requires_grad_()
     t = torch.randn(2, 3, 4, 5)
@@ -431,6 +452,7 @@ def test_inputs_changed_in_place_before_backward(case, incoming):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_repeats_bit_for_bit(op, dtype):

@@ -19,6 +19,8 @@ if os.environ.get("FASTLLM_CUDA_HOST") != "1":
 
 import cuda_host  # noqa: E402
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).resolve().parent.parent
 OPS = torch.ops.fastllm_cuda
 STRATEGIES = ("row", "cluster4", "cluster16", "passes")
@@ -308,9 +310,10 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bugs_are_found(bug, tmp_path):
-    library = cuda_host.build_mutant(tmp_path, "cross_entropy", *PLANTED[bug])
+def test_planted_bugs_are_found(bug):
+    library = cuda_host.build_mutant("cross_entropy", *PLANTED[bug])
     chosen = "start_anywhere and bfloat16 and (cluster4 or passes)"
     tests = [ROOT / "tests" / "test_cuda_cross_entropy.py", "-x", "-k", chosen]
     env = {"FASTLLM_CUDA_HOST_LIBRARY": str(library), "FASTLLM_BACKEND": "cuda"}

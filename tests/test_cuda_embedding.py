@@ -12,7 +12,10 @@ from torch import Tensor
 import fastllm
 import fastllm.functional as F
 
-pytestmark = pytest.mark.skipif(os.environ.get("FASTLLM_CUDA_HOST") != "1", reason="needs FASTLLM_CUDA_HOST=1")
+if os.environ.get("FASTLLM_CUDA_HOST") != "1":
+    pytest.skip("needs the host build: FASTLLM_CUDA_HOST=1", allow_module_level=True)
+
+pytestmark = pytest.mark.numbers
 
 CHUNK = 32  # positions summed by one team, for up to 65536 of them
 BLOCK = 16384  # positions that one block sorts

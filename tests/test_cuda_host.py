@@ -20,6 +20,8 @@ if os.environ.get("FASTLLM_CUDA_HOST") != "1":
 
 import cuda_host  # noqa: E402
 
+pytestmark = pytest.mark.numbers
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -136,9 +138,10 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bugs_are_found(bug, tmp_path):
-    library = cuda_host.build_mutant(tmp_path, "mse_loss", *PLANTED[bug])
+def test_planted_bugs_are_found(bug):
+    library = cuda_host.build_mutant("mse_loss", *PLANTED[bug])
     tests = [ROOT / "tests" / "test_mse_loss.py", ROOT / "tests" / "test_cuda_host.py", "-k", "mse_loss", "-x"]
     env = {"FASTLLM_CUDA_HOST_LIBRARY": str(library), "FASTLLM_BACKEND": "cuda"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *tests]

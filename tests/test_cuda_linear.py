@@ -17,6 +17,8 @@ if os.environ.get("FASTLLM_CUDA_HOST") != "1":
 
 import cuda_host  # noqa: E402
 
+pytestmark = pytest.mark.numbers
+
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -204,10 +206,11 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", PLANTED)
-def test_planted_bugs_are_found(bug, tmp_path):
+def test_planted_bugs_are_found(bug):
     kernel, old, new, tests = PLANTED[bug]
-    library = cuda_host.build_mutant(tmp_path, kernel, f"{kernel}.cu", old, new)
+    library = cuda_host.build_mutant(kernel, f"{kernel}.cu", old, new)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-x", __file__, "-k", tests]
     env = {**os.environ, "FASTLLM_CUDA_HOST_LIBRARY": str(library)}
     run = subprocess.run(command, cwd=cuda_host.ROOT, env=env, capture_output=True, text=True)

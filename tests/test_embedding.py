@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import DTYPES, check_against_float64
+from helpers import DTYPES, check_against_float64, cpu_kernels
 from operations import cases_of
 
 import fastllm.functional as F
+
+pytestmark = pytest.mark.numbers
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,6 +99,7 @@ def test_many_ids_of_a_small_table(dtype, rows, features, ids_dtype):
         assert ((grad.double() - expected).abs() <= bound).all()
 
 
+@cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_few_ids_of_a_table_beyond_the_caches(dtype):
     """17 MiB and more are zeroed by two threads, past the caches."""

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import DTYPES, check_against_float64, run_python
+from helpers import DTYPES, check_against_float64, cpu_kernels, run_python
 from operations import cases_of
 
 import fastllm
 import fastllm.functional as F
 from fastllm import eager
 
+pytestmark = pytest.mark.numbers
 TESTS = str(Path(__file__).resolve().parent)
 
 
@@ -44,6 +45,7 @@ SKINNY = [
 ]
 
 
+@cpu_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("n", "d", "v"), SKINNY)
 def test_few_features(n, d, v, dtype):
@@ -70,6 +72,7 @@ def test_few_features(n, d, v, dtype):
         check_against_float64(ours, reference, [x, w, b if biased else None])
 
 
+@cpu_kernels
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
 def test_few_features_some_gradients(wanted):
     """Whichever gradients are asked for, each has the bits that it has among all of them; the loss too."""
@@ -90,6 +93,7 @@ def test_few_features_some_gradients(wanted):
         assert torch.equal(grad, all_grads[i])
 
 
+@cpu_kernels
 @pytest.mark.skipif(fastllm.backends.get_backend() not in ("auto", "cpu"), reason="library products read every row")
 def test_few_features_rows_that_do_not_count():
     """Ignored rows are skipped, whole groups of them too, and what they hold is not read."""
@@ -112,6 +116,7 @@ def test_few_features_rows_that_do_not_count():
     assert found[1][~counted].eq(0).all()
 
 
+@cpu_kernels
 @pytest.mark.parametrize("bias", [float("-inf"), float("inf"), float("nan")], ids=str)
 @pytest.mark.parametrize("where", [slice(None), slice(0, 3), slice(5, 40)], ids=str)
 def test_few_features_special_logits(where, bias):
@@ -161,6 +166,7 @@ print("checked")
     assert result.stdout.strip() == "checked", result.stderr
 
 
+@cpu_kernels
 def test_logits_are_never_held():
     """Memory beyond the inputs and gradients stays far under the N x V logits (400 MB here)."""
     code = """

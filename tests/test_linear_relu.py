@@ -8,6 +8,8 @@ from operations import cases_of
 
 import fastllm.functional as F
 
+pytestmark = pytest.mark.numbers
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_against_float64(dtype):

@@ -8,6 +8,8 @@ from operations import cases_of
 
 import fastllm.functional as F
 
+pytestmark = pytest.mark.numbers
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_against_float64(dtype):
@@ -49,6 +51,7 @@ def test_broadcasting_warns_and_reduces_the_gradient(reduction):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.contract
 def test_broadcasting_compiles():
     x, t = torch.randn(4, 3, requires_grad=True), torch.randn(3)
     loss = torch.compile(F.mse_loss, fullgraph=True, backend="aot_eager")(x, t)

@@ -7,6 +7,8 @@ from torch import nn
 import fastllm
 import fastllm.functional as F
 
+pytestmark = pytest.mark.contract
+
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 1}, {"max_norm": 1.0}, {"sparse": True}], ids=str)
 def test_embedding(options):

@@ -1,10 +1,13 @@
-"""PyTorch's own samples (OpInfo, ModuleInfo) through our functions and layers, errors included."""
+"""PyTorch's own samples (OpInfo, ModuleInfo) through our functions and layers, errors included.
+
+PyTorch's lists are imported by the tests that read them: that takes seconds, and every job collects this file.
+"""
+
+import functools
 
 import pytest
 import torch
 from helpers import check_against_float64
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 
 import fastllm
 import fastllm.functional as F
@@ -14,11 +17,14 @@ FUNCTIONS = {
     "nn.functional.mse_loss": F.mse_loss,
     "nn.functional.cross_entropy": F.cross_entropy,
 }
-OPINFO = {info.name: info for info in op_db if info.name in FUNCTIONS and not info.variant_test_name}
 
 
-def test_samples_exist():
-    assert set(OPINFO) == set(FUNCTIONS)
+@functools.cache
+def opinfo(name):
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (found,) = (info for info in op_db if info.name == name and not info.variant_test_name)
+    return found
 
 
 def _call(function, name, sample):
@@ -34,11 +40,12 @@ def _call(function, name, sample):
     return run
 
 
+@pytest.mark.numbers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_opinfo_samples(name, dtype):
-    info, count = OPINFO[name], 0
+    info, count = opinfo(name), 0
     for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
         count += 1
         inputs = [sample.input, *sample.args]
@@ -57,10 +64,11 @@ def test_opinfo_samples(name, dtype):
     assert count > 2
 
 
+@pytest.mark.contract
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_opinfo_error_inputs(name):
-    info = OPINFO[name]
+    info = opinfo(name)
     if info.error_inputs_func is None:
         pytest.skip("PyTorch lists no error inputs for it")
     for error in info.error_inputs(torch.device("cpu")):
@@ -75,15 +83,17 @@ LAYERS = {
     "MSELoss": fastllm.MSELoss,
     "CrossEntropyLoss": fastllm.CrossEntropyLoss,
 }
-MODULEINFO = {info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in LAYERS}
 
 
+@pytest.mark.contract
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_moduleinfo_samples(name, dtype, training):
-    info, count = MODULEINFO[name], 0
+    from torch.testing._internal.common_modules import module_db
+
+    (info,), count = (info for info in module_db if info.module_cls.__name__ == name), 0
     for sample in info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=training):
         arguments, call = sample.constructor_input, sample.forward_input
         theirs = info.module_cls(*arguments.args, **arguments.kwargs).to(dtype)

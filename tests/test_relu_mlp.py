@@ -4,6 +4,8 @@ import pytest
 from helpers import DTYPES, check_against_float64
 from operations import cases_of
 
+pytestmark = pytest.mark.numbers
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_against_float64(dtype):

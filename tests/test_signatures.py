@@ -12,6 +12,8 @@ from torch import nn
 import fastllm
 import fastllm.functional as F
 
+pytestmark = pytest.mark.contract
+
 BACKENDS = ["auto", "eager"]
 
 

@@ -20,6 +20,8 @@ import triton.language as tl  # noqa: E402
 
 from fastllm.triton.cross_entropy import _row_start  # noqa: E402
 
+pytestmark = pytest.mark.numbers
+
 
 @language.jit
 def _starts(out, stride, base, classes, VEC: tl.constexpr):

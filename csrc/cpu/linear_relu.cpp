@@ -106,26 +106,94 @@ void small_stripe(const SmallProduct& s, const B* b, int64_t b_inner, int64_t i,
   }
 }
 
-constexpr int64_t kTurned = 4096;  // items of b, turned to rows of contiguous columns in the first cache
+constexpr int64_t kTransposed = 4096;  // items of b, transposed to rows of contiguous columns in the first cache
 constexpr int64_t kRowsOfTask = 256;
 
-// A stripe of columns of b whose columns are not contiguous, turned first.
+// transposed (last - first, width) = b's rows [first, last) and columns [j, j + width).
 template <class T>
-void turned_stripe(const SmallProduct& s, int64_t i, int64_t last_row, int64_t j, int64_t last_column) {
-  const T* b = static_cast<const T*>(s.b);
-  acc_t<T> turned[kTurned];
-  const int64_t width = last_column - j;
+FASTLLM_INLINE void transpose(const SmallProduct& s, int64_t first, int64_t last, int64_t j, int64_t width,
+                              acc_t<T>* transposed) {
+  const T* b = static_cast<const T*>(s.b) + first * s.b_inner + j * s.b_column;
   for (int64_t c = 0; c < width; ++c)
-    for (int64_t p = 0; p < s.inner; ++p) turned[p * width + c] = to_acc(b[p * s.b_inner + (j + c) * s.b_column]);
-  small_stripe<T>(s, turned, width, i, last_row, j, last_column);
+    for (int64_t p = 0; p < last - first; ++p) transposed[p * width + c] = to_acc(b[p * s.b_inner + c * s.b_column]);
+}
+
+// A stripe of columns of b whose columns are not contiguous, transposed first.
+template <class T>
+void transposed_stripe(const SmallProduct& s, int64_t i, int64_t last_row, int64_t j, int64_t last_column) {
+  acc_t<T> transposed[kTransposed];
+  const int64_t width = last_column - j;
+  transpose<T>(s, 0, s.inner, j, width, transposed);
+  small_stripe<T>(s, transposed, width, i, last_row, j, last_column);
+}
+
+// kRows rows of a piece of the inner dimension, added to their totals (kRows, width): two vectors of columns at most.
+template <class T, int kRows>
+FASTLLM_INLINE void add_piece(const SmallProduct& s, const acc_t<T>* b, int64_t first, int64_t last, int64_t i,
+                              int64_t width, acc_t<T>* total) {
+  using A = acc_t<T>;
+  constexpr int w = lanes<T>;
+  const T* a = static_cast<const T*>(s.a) + i * s.a_row + first * s.a_inner;
+  const int64_t left = width < w ? width : w, right = width - left;
+  vec<A> sum[kRows][2] = {};
+  for (int64_t p = 0; p < last - first; ++p) {
+    const vec<A> u = load_some(b + p * width, left);
+    const vec<A> v = right > 0 ? load_some(b + p * width + w, right) : vec<A>{};
+    for (int k = 0; k < kRows; ++k) {
+      const A factor = to_acc(a[k * s.a_row + p * s.a_inner]);
+      sum[k][0] += u * factor;
+      sum[k][1] += v * factor;
+    }
+  }
+  for (int k = 0; k < kRows; ++k) {
+    A* row = total + k * width;
+    store_some(row, load_some(row, left) + sum[k][0], left);
+    if (right > 0) store_some(row + w, load_some(row + w, right) + sum[k][1], right);
+  }
+}
+
+// As transposed_stripe, for an inner dimension that is too long to be transposed at once: piece by piece, of a stripe
+// of at most two vectors of columns. The sums of a piece join the totals, so that their error is that of short sums.
+template <class T>
+void transposed_pieces(const SmallProduct& s, int64_t i, int64_t last_row, int64_t j, int64_t last_column) {
+  using A = acc_t<T>;
+  constexpr int w = lanes<T>;
+  constexpr int64_t piece = kTransposed / (2 * w) < 256 ? kTransposed / (2 * w) : 256;
+  A transposed[piece * 2 * w], totals[kRowsOfTask * 2 * w], sums_of_b[2 * w] = {};
+  const int64_t width = last_column - j, rows = last_row - i;
+  for (int64_t k = 0; k < rows * width; ++k) totals[k] = 0;
+  for (int64_t first = 0; first < s.inner; first += piece) {
+    const int64_t last = first + piece < s.inner ? first + piece : s.inner;
+    transpose<T>(s, first, last, j, width, transposed);
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) add_piece<T, 4>(s, transposed, first, last, i + r, width, totals + r * width);
+    for (; r < rows; ++r) add_piece<T, 1>(s, transposed, first, last, i + r, width, totals + r * width);
+    if (i == 0 && s.column_sums != nullptr) {
+      A sums[2 * w] = {};
+      for (int64_t p = 0; p < last - first; ++p)
+        for (int64_t c = 0; c < width; ++c) sums[c] += transposed[p * width + c];
+      for (int64_t c = 0; c < width; ++c) sums_of_b[c] += sums[c];
+    }
+  }
+  const T* bias = static_cast<const T*>(s.bias);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < width; c += w) {
+      const int64_t size = width - c < w ? width - c : w;
+      vec<A> v = load_some(totals + r * width + c, size);
+      if (bias != nullptr) v += load_some(bias + j + c, size);
+      if (s.relu) v = v <= 0 ? vec<A>{} : v;
+      put<T>(s, v, i + r, j + c, size);
+    }
+  }
+  if (i == 0 && s.column_sums != nullptr)
+    for (int64_t c = 0; c < width; ++c) static_cast<T*>(s.column_sums)[j + c] = from_acc<T>(sums_of_b[c]);
 }
 
 template <class T>
 void small_product(const SmallProduct& s) {
   constexpr int64_t wide = 2 * lanes<T>;
-  const bool turn = s.b_column != 1;
-  int64_t stripe = turn ? kTurned / s.inner / wide * wide : 8 * wide;
-  if (stripe < wide) stripe = kTurned / s.inner;
+  const bool transpose = s.b_column != 1, in_pieces = transpose && s.inner > kTransposed / wide;
+  const int64_t stripe = !transpose ? 8 * wide : in_pieces ? wide : kTransposed / s.inner / wide * wide;
   const int64_t stripes = (s.columns + stripe - 1) / stripe, blocks = (s.rows + kRowsOfTask - 1) / kRowsOfTask;
   const int64_t task_work =
       (s.columns < stripe ? s.columns : stripe) * s.inner * (s.rows < kRowsOfTask ? s.rows : kRowsOfTask);
@@ -134,8 +202,10 @@ void small_product(const SmallProduct& s) {
       const int64_t i = t / stripes * kRowsOfTask, j = t % stripes * stripe;
       const int64_t last_row = i + kRowsOfTask < s.rows ? i + kRowsOfTask : s.rows;
       const int64_t last_column = j + stripe < s.columns ? j + stripe : s.columns;
-      if (turn)
-        turned_stripe<T>(s, i, last_row, j, last_column);
+      if (in_pieces)
+        transposed_pieces<T>(s, i, last_row, j, last_column);
+      else if (transpose)
+        transposed_stripe<T>(s, i, last_row, j, last_column);
       else
         small_stripe<T>(s, static_cast<const T*>(s.b) + j, s.b_inner, i, last_row, j, last_column);
     }

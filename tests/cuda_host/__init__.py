@@ -1,7 +1,8 @@
 """The CUDA kernels on the CPU: builds csrc/cuda and its torch-facing layer with the host compiler and loads them.
 
 ``FASTLLM_CUDA_HOST=1`` makes tests/conftest.py call :func:`enable`: backend ``cuda`` then serves CPU tensors, every
-thread of every block played by a fiber (emulator.cpp). ``FASTLLM_CUDA_HOST_LIBRARY`` names another library to load.
+thread of every block emulated by a fiber (emulator.cpp). ``FASTLLM_CUDA_HOST_LIBRARY`` names another library to load.
+What has been built from the same sources, compiler and flags is not built again.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import keyed
 import torch
 from torch.utils import cpp_extension
 
 import fastllm
 from fastllm import _native
+from fastllm._build import plan, toolchain
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -32,70 +35,79 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def _ninja(out: Path, sources: dict[str, Path], library: Path, link: str, objects: tuple[Path, ...] = ()) -> Path:
-    """Compile ``sources`` (object: source), link them and ``objects``; what is up to date stays."""
-    import ninja
-
-    out.mkdir(parents=True, exist_ok=True)
-    abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
-    includes = " ".join(f"-isystem '{path}'" for path in cpp_extension.include_paths())
-    lines = [
-        "rule compile",
-        f"  command = g++ -MMD -MF $out.d {' '.join(FLAGS)} -D_GLIBCXX_USE_CXX11_ABI={abi} -I'{HERE}' {includes} "
-        "-x c++ -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = g++ $in -shared {link} -o $out",
-        *(f"build {obj}: compile {source}" for obj, source in sources.items()),
-        f"build {library}: link {' '.join([*sources, *map(str, objects)])}",
+def _ninja(
+    out: Path, made_of: Path, sources: dict[str, Path], library: Path, link: str, objects: tuple[Path, ...] = ()
+) -> Path:
+    """Compile ``sources`` (object: source), which read files of ``made_of`` alone; link them and ``objects``."""
+    compiler = keyed.version_of("g++")
+    flags = [
+        *FLAGS,
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+        f"-I{plan.quote(HERE)}",
+        *plan.system_includes(map(Path, cpp_extension.include_paths())),
     ]
-    (out / "build.ninja").write_text("\n".join(lines) + "\n")
-    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", out, "--quiet"], check=True, stdout=sys.stderr)
+    commands = {
+        "compile": f"g++ -MMD -MF $out.d {' '.join(flags)} -x c++ -c $in -o $out",
+        "link": f"g++ $in -shared {link} -o $out",
+    }
+    steps = [plan.Step("compile", obj, (source,), needs=("compiler",)) for obj, source in sources.items()]
+    steps.append(plan.Step("link", library, (*sources, *objects)))
+    rules = plan.ninja_text(commands, steps)
+    parts = (rules, compiler, torch.__version__, HERE, made_of, *objects)
+    with keyed.made_once(out, *parts, files=[library]) as missing:
+        if missing:
+            (out / "build.ninja").write_text(rules)
+            if not (out / "compiler").exists() or (out / "compiler").read_text() != compiler:
+                (out / "compiler").write_text(compiler)
+            subprocess.run([toolchain.find_ninja(), "-C", out], check=True, stdout=sys.stderr)
     return library
 
 
 def _link_torch() -> str:
-    return " ".join(f"-L'{path}'" for path in cpp_extension.library_paths()) + " -ltorch -ltorch_cpu -lc10 -ldl"
+    return (
+        " ".join(f"-L{plan.quote(path)}" for path in cpp_extension.library_paths()) + " -ltorch -ltorch_cpu -lc10 -ldl"
+    )
 
 
 def _sources() -> dict[str, Path]:
     layer = [*sorted((ROOT / "csrc" / "ops" / "cuda").glob("*.cpp")), HERE / "emulator.cpp"]
-    kernels = {f"{source.stem}.o": source for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))}
+    kernels = {f"{source.stem}.o": source for source in plan.cuda_kernels()}
     return kernels | {f"{source.stem}_layer.o": source for source in layer}
 
 
 def build() -> Path:
     """The kernels and their torch-facing layer, as one library."""
-    return _ninja(BUILD, _sources(), BUILD / "libcuda_host.so", _link_torch())
+    return _ninja(BUILD, ROOT / "csrc", _sources(), BUILD / "libcuda_host.so", _link_torch())
 
 
-def build_mutant(out: Path, kernel: str, file: str, old: str, new: str) -> Path:
+def build_mutant(kernel: str, file: str, old: str, new: str) -> Path:
     """The library with one kernel compiled from a copy of csrc in which ``old`` in ``file`` became ``new``."""
     build()
-    shutil.copytree(ROOT / "csrc", out / "csrc")
-    text = (out / "csrc" / "cuda" / file).read_text()
+    out = BUILD / "mutants" / keyed.key(kernel, file, old, new)[:16]
+    changed = out / "csrc" / "cuda" / file
+    text = (ROOT / "csrc" / "cuda" / file).read_text()
     assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
-    (out / "csrc" / "cuda" / file).write_text(text.replace(old, new))
+    shutil.copytree(ROOT / "csrc", out / "csrc", dirs_exist_ok=True)
+    changed.write_text(text.replace(old, new))
     others = tuple(BUILD / obj for obj in _sources() if obj != f"{kernel}.o")
     source = {f"{kernel}.o": out / "csrc" / "cuda" / f"{kernel}.cu"}
-    return _ninja(out, source, out / "libmutant.so", _link_torch(), others)
+    return _ninja(out, out / "csrc", source, out / "libmutant.so", _link_torch(), others)
 
 
 def build_selftest() -> Path:
     """Small kernels that break rules, and the emulator, without torch."""
     sources = {"selftest.o": HERE / "selftest.cu", "emulator.o": HERE / "emulator.cpp"}
-    return _ninja(BUILD / "selftest", sources, BUILD / "selftest" / "libselftest.so", "")
+    return _ninja(BUILD / "selftest", HERE, sources, BUILD / "selftest" / "libselftest.so", "")
 
 
 def _routed(operation: str) -> Callable:
     """The CPU kernel of a plain operation, unless the chosen backend is CUDA."""
     compiled = torch.library.get_kernel(f"fastllm::{operation}", "CPU")
-    played = getattr(torch.ops.fastllm_cuda, operation).default
+    emulated = getattr(torch.ops.fastllm_cuda, operation).default
 
     def call(keys, *args):
         if _native.extension.current_backend() == CUDA:
-            return played(*args)
+            return emulated(*args)
         return compiled.call_boxed(keys, *args)
 
     return call
