@@ -1,16 +1,22 @@
 """Chooses what the kernels run on: the CPU, a GPU (FASTLLM_TEST_DEVICE=cuda), or CUDA kernels emulated on the CPU.
 
 ``FASTLLM_TEST_NODES=python`` puts the autograd nodes in Python, which serve without the compiled extension, in the place
-of those in C++.
+of those in C++. ``FASTLLM_TEST_NATIVE=0`` hides the extension, as on a machine without a compiler.
 """
 
 import itertools
 import os
+import sys
+import tempfile
 
 import pytest
 import torch
 
 NEIGHBOURS = 16  # tests of a file that stay together when tests are shared out
+
+if os.environ.get("FASTLLM_TEST_NATIVE") == "0":
+    sys.modules["fastllm._build_info"] = None  # its import fails
+    os.environ["FASTLLM_HOME"] = tempfile.mkdtemp()  # holds no build
 
 if os.environ.get("FASTLLM_CUDA_HOST") == "1":
     import cuda_host

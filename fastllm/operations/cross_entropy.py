@@ -15,7 +15,16 @@ from fastllm.operations.checks import (
     probability_dtype,
 )
 from fastllm.operations.declaration import DTYPES, Autocast, Kernel, Operation
-from fastllm.operations.node import differentiate, is_concrete, needs_grad, save_formed, take_formed
+from fastllm.operations.node import (
+    differentiate,
+    drop_formed,
+    has_formed,
+    is_concrete,
+    is_one,
+    keep_formed,
+    needs_grad,
+    take_formed,
+)
 
 REDUCTIONS = ("none", "mean", "sum")
 # The options of a loss over rows, in the order in which every operation takes them.
@@ -63,11 +72,12 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input: Tensor, target: Tensor, weight: Tensor | None, options: tuple, inplace: bool) -> Tensor:
-        early = options[0] != 0 and not inplace and ctx.needs_input_grad[0] and is_concrete(input, target)
+        need_input, need_target = ctx.needs_input_grad[:2]
+        early = options[0] != 0 and not inplace and need_input and not need_target and is_concrete(input, target)
         output, softmax, grad = torch.ops.fastllm.cross_entropy_forward(input, target, weight, *options, early)
         ctx.save_for_backward(input, target, weight, softmax)
         ctx.options, ctx.inplace, ctx.overwritten = options, inplace, False
-        save_formed(ctx, **({"grad": grad} if early else {}))
+        keep_formed(ctx, grad if early else None)
         return output
 
     @staticmethod
@@ -77,9 +87,12 @@ class CrossEntropy(torch.autograd.Function):
                 "cross_entropy: a second backward through logits that inplace_backward=True has overwritten with their "
                 "gradient; use inplace_backward=False to keep the graph"
             )
-        input, target, weight, softmax = ctx.saved_tensors
         need_input, need_target = ctx.needs_input_grad[:2]
-        formed = take_formed(ctx)
+        formed = has_formed(ctx) and is_concrete(grad_output) and not torch.is_grad_enabled() and not need_target
+        if formed and is_one(grad_output):
+            return *take_formed(ctx), None, None, None, None
+        input, target, weight, softmax = ctx.saved_tensors
+        arguments = (grad_output, input, target, weight, softmax, *ctx.options)
         if torch.is_grad_enabled() or need_target:
             # Second derivatives, and the gradient of class probabilities: by the definition.
             grads = differentiate(
@@ -88,18 +101,20 @@ class CrossEntropy(torch.autograd.Function):
                 (need_input, need_target),
                 grad_output,
             )
+            drop_formed(ctx)
             return *grads, None, None, None
         if ctx.inplace and is_concrete(input, grad_output):
             storage = input.detach()
-            torch.ops.fastllm.cross_entropy_backward_(grad_output, storage, target, weight, softmax, *ctx.options)
+            torch.ops.fastllm.cross_entropy_backward_(grad_output, storage, *arguments[2:])
             torch.autograd.graph.increment_version(storage)  # whoever else saved the logits is told
             ctx.overwritten = True
             return storage, None, None, None, None
-        grad = formed.get("grad")
-        if grad is not None and is_concrete(grad_output):
-            torch.ops.fastllm.cross_entropy_correct_(grad_output, input, target, weight, softmax, *ctx.options, grad)
+        if formed:
+            (grad,) = take_formed(ctx)
+            torch.ops.fastllm.cross_entropy_correct_(*arguments, grad)
         else:
-            grad = torch.ops.fastllm.cross_entropy_backward(grad_output, input, target, weight, softmax, *ctx.options)
+            drop_formed(ctx)
+            grad = torch.ops.fastllm.cross_entropy_backward(*arguments)
         return grad, None, None, None, None
 
 

@@ -31,6 +31,8 @@ class Embedding(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         (ids,) = ctx.saved_tensors
         rows, padding_idx, by_frequency, sparse = ctx.options
+        if sparse and by_frequency:
+            raise RuntimeError("embedding: scale_grad_by_freq is not supported for a sparse gradient")
         if torch.is_grad_enabled() or sparse:
             if by_frequency:
                 # PyTorch's second derivative forgets the division by the frequency, which is therefore made before.

@@ -19,7 +19,17 @@ from fastllm.operations.cross_entropy import LOSS_OPTIONS, accumulator
 from fastllm.operations.cross_entropy import definition as cross_entropy_definition
 from fastllm.operations.declaration import Autocast, Kernel, Operation
 from fastllm.operations.flops import layer_flops
-from fastllm.operations.node import differentiate, is_concrete, needs_grad, save_formed, take_formed
+from fastllm.operations.node import (
+    differentiate,
+    drop_formed,
+    graph_is_kept,
+    has_formed,
+    is_concrete,
+    is_one,
+    keep_formed,
+    needs_grad,
+    take_formed,
+)
 
 
 def definition(input, linear_weight, target, linear_bias, weight, options) -> Tensor:
@@ -59,6 +69,18 @@ def _backward_flops(grad_output, *arguments, **_) -> int:
     return _forward_flops(*arguments)
 
 
+class _WithNumbers(torch.autograd.Function):
+    """``tensor`` in its graph, with the numbers that it had when they were copied."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, numbers: Tensor) -> Tensor:
+        return numbers.view_as(numbers)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        return grad_output, None
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Gradients are formed in forward, for an incoming gradient of 1, and scaled if it is another.
 
@@ -73,43 +95,50 @@ class LinearCrossEntropy(torch.autograd.Function):
             input, linear_weight, target, linear_bias, weight, *options,
             early and need_input, early and need_weight, early and need_bias,
         )  # fmt: skip
-        ctx.save_for_backward(input, linear_weight, target, linear_bias, weight)
-        ctx.options, ctx.early = options, early
-        if early:
-            needs = (need_input, need_weight, need_bias)
-            formed = [g if need else None for g, need in zip(grads, needs, strict=True)]
-            save_formed(ctx, **dict(zip(("input", "weight", "bias"), formed, strict=True)))
-        else:
-            save_formed(ctx)
+        # An optimizer may change the bias before backward, which otherwise reads it only for second derivatives.
+        bias = linear_bias if early or linear_bias is None else linear_bias.clone()
+        ctx.save_for_backward(input, linear_weight, target, bias, weight)
+        ctx.options, ctx.bias = options, None if early else linear_bias
+        needs = (need_input, need_weight, need_bias)
+        keep_formed(ctx, *(g if early and need else None for g, need in zip(grads, needs, strict=True)))
         return output
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        input, linear_weight, target, linear_bias, weight = ctx.saved_tensors
         need_input, need_weight, need_target, need_bias = ctx.needs_input_grad[:4]
-        formed = take_formed(ctx)
+        if has_formed(ctx) and not torch.is_grad_enabled():
+            grads = [_scaled(grad, grad_output) for grad in take_formed(ctx)]
+            return grads[0], grads[1], None, grads[2], None, None
+        input, linear_weight, target, bias, weight = ctx.saved_tensors
         if torch.is_grad_enabled() or need_target:
+            if need_bias and ctx.bias is not None:
+                bias = _WithNumbers.apply(ctx.bias, bias)
             grads = differentiate(
                 lambda *a: definition(*a, weight, ctx.options),
-                (input, linear_weight, target, linear_bias),
+                (input, linear_weight, target, bias),
                 (need_input, need_weight, need_target, need_bias),
                 grad_output,
             )
+            _drop(ctx)
             return *grads, None, None
-        if ctx.early:
-            grads = [_scaled(formed[name], grad_output) for name in ("input", "weight", "bias")]
-        else:
-            needs = (need_input, need_weight, need_bias)
-            found = torch.ops.fastllm.linear_cross_entropy_backward(
-                grad_output, input, linear_weight, target, linear_bias, weight, *ctx.options, *needs
-            )
-            grads = [g if need else None for g, need in zip(found, needs, strict=True)]
+        needs = (need_input, need_weight, need_bias)
+        found = torch.ops.fastllm.linear_cross_entropy_backward(
+            grad_output, input, linear_weight, target, bias, weight, *ctx.options, *needs
+        )
+        grads = [g if need else None for g, need in zip(found, needs, strict=True)]
+        _drop(ctx)
         return grads[0], grads[1], None, grads[2], None, None
 
 
+def _drop(ctx) -> None:
+    if not graph_is_kept():
+        ctx.bias = None
+    drop_formed(ctx)
+
+
 def _scaled(grad: Tensor | None, factor: Tensor) -> Tensor | None:
-    if grad is None:
-        return None
+    if grad is None or is_one(factor):
+        return grad
     if not is_concrete(factor):
         return (grad * factor).to(grad.dtype)
     torch.ops.fastllm.linear_cross_entropy_scale_(factor, grad)

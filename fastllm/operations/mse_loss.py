@@ -8,9 +8,28 @@ from torch import Tensor
 from fastllm import eager
 from fastllm.operations.checks import check_device, check_given
 from fastllm.operations.declaration import DTYPES, Autocast, Kernel, Operation
-from fastllm.operations.node import differentiate, is_concrete, needs_grad, save_formed, take_formed
+from fastllm.operations.node import (
+    differentiate,
+    drop_formed,
+    has_formed,
+    is_concrete,
+    is_one,
+    keep_formed,
+    needs_grad,
+    take_formed,
+)
 
 REDUCTIONS = ("none", "mean", "sum")
+
+
+def definition(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
+    """The loss in PyTorch's differentiable operations; ``weight`` may be of a size that input was broadcast from."""
+    if weight is None:
+        return eager.mse_loss(input, target, REDUCTIONS[reduction])
+    squares = (input - target).square() * weight
+    if reduction == 0:
+        return squares
+    return squares.sum() if reduction == 2 else squares.sum() / weight.sum()
 
 
 def _forward_fake(input, target, weight, reduction, need_grad):
@@ -35,27 +54,35 @@ class MSELoss(torch.autograd.Function):
         output, grad = torch.ops.fastllm.mse_loss_forward(input, target, weight, reduction, early)
         ctx.save_for_backward(input, target, weight)
         ctx.reduction = reduction
-        save_formed(ctx, **({"grad": grad} if early else {}))
+        keep_formed(ctx, grad if early else None)
         return output
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        input, target, weight = ctx.saved_tensors
-        reduction = ctx.reduction
         need_input, need_target = ctx.needs_input_grad[:2]
-        formed = take_formed(ctx)
+
+        def both(grad):
+            return grad if need_input else None, grad.neg() if need_target else None, None, None
+
+        formed = has_formed(ctx) and is_concrete(grad_output) and not torch.is_grad_enabled()
+        if formed and is_one(grad_output):
+            return both(take_formed(ctx)[0])
+        input, target, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
-            name = REDUCTIONS[reduction]
             grads = differentiate(
-                lambda x, t: eager.mse_loss(x, t, name, weight), (input, target), (need_input, need_target), grad_output
+                lambda x, t: definition(x, t, weight, ctx.reduction),
+                (input, target),
+                (need_input, need_target),
+                grad_output,
             )
+            drop_formed(ctx)
             return *grads, None, None
-        grad = formed.get("grad")
-        if grad is not None and is_concrete(grad_output):
-            torch.ops.fastllm.mse_loss_correct_(grad_output, input, target, weight, reduction, grad)
-        else:
-            grad = torch.ops.fastllm.mse_loss_backward(grad_output, input, target, weight, reduction)
-        return grad if need_input else None, grad.neg() if need_target else None, None, None
+        if not formed:
+            drop_formed(ctx)
+            return both(torch.ops.fastllm.mse_loss_backward(grad_output, input, target, weight, ctx.reduction))
+        (grad,) = take_formed(ctx)
+        torch.ops.fastllm.mse_loss_correct_(grad_output, input, target, weight, ctx.reduction, grad)
+        return both(grad)
 
 
 def mse_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
@@ -78,7 +105,7 @@ def mse_loss(input: Tensor, target: Tensor, weight: Tensor | None, reduction: in
         wide = torch.result_type(x, weight)
         # The mean divides by the sum of the weights as given, which a broadcast would count more than once.
         if needs_grad(weight) or x.shape != weight.shape or wide not in DTYPES:
-            return eager.mse_loss(x, t, REDUCTIONS[reduction], weight)
+            return definition(x, t, weight, reduction)
         x, t, w = x.to(wide), t.to(wide), weight.to(wide)
     if needs_grad(x, t):
         return MSELoss.apply(x, t, w, reduction)

@@ -28,24 +28,43 @@ def is_concrete(*tensors: Tensor) -> bool:
     )
 
 
-def save_formed(ctx: Any, **gradients: Tensor | None) -> None:
-    """Keep gradients that forward has formed for an incoming gradient of 1."""
+def graph_is_kept() -> bool:
+    """Whether the backward that runs was asked to keep the graph for another."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def is_one(grad_output: Tensor) -> bool:
+    """Whether an incoming gradient is known to be 1; that of a device is not waited for."""
+    return grad_output.is_cpu and is_concrete(grad_output) and grad_output.item() == 1.0
+
+
+# --- gradients formed in forward, for an incoming gradient of 1 ------------------------------------------------------
+#
+# They lie beside the saved tensors, so that backward finds them without unpacking these, whose change in place is then no
+# error: nothing reads them. PyTorch frees saved tensors after backward, but not these: backward takes or drops them.
+
+
+def keep_formed(ctx: Any, *gradients: Tensor | None) -> None:
     ctx.formed = gradients
 
 
-def take_formed(ctx: Any) -> dict[str, Tensor | None]:
-    """The gradients that forward has formed, none if this backward is itself differentiated.
+def has_formed(ctx: Any) -> bool:
+    return any(gradient is not None for gradient in ctx.formed)
 
-    They are copies if the graph is kept for another backward; else the node drops them. The caller has read
-    ``ctx.saved_tensors`` before, which refuses a second backward through a freed graph.
-    """
+
+def take_formed(ctx: Any) -> tuple[Tensor | None, ...]:
+    """The gradients, or copies of them if the graph is kept for another backward."""
     formed = ctx.formed
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    if not kept:
-        ctx.formed = {}
-    if torch.is_grad_enabled():
-        return {}
-    return {name: None if t is None else t.clone() for name, t in formed.items()} if kept else formed
+    if graph_is_kept():
+        return tuple(None if gradient is None else gradient.clone() for gradient in formed)
+    ctx.formed = ()
+    return formed
+
+
+def drop_formed(ctx: Any) -> None:
+    """At the end of a backward that did not take them."""
+    if not graph_is_kept():
+        ctx.formed = ()
 
 
 def differentiate(
