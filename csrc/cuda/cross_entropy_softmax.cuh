@@ -150,7 +150,7 @@ FASTLLM_DEVICE Slope<Acc<T> > slope_of(const Rows<T>& r, const Row<T>& row, Acc<
   s.truth = truth_of(r, row);
   s.rest = mass + 2 * r.z_scale * (max + log_sum);
   s.scale = incoming_of(r, row.index);
-  if (r.divisor != nullptr) s.scale /= load(r.divisor);
+  if (r.divisor != nullptr) s.scale = over_divisor(s.scale, load(r.divisor));
   s.factor = (s.truth + s.rest) * inverse_sum * s.scale;
   return s;
 }

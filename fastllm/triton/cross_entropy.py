@@ -161,13 +161,20 @@ def _write_zeros(grad_row, classes, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _over_divisor(x, divisor):
+    """x over the divisor of the mean: NaN for 0, where the definition divides 0 by 0 in one of its terms."""
+    d = tl.load(divisor)
+    return tl.where(d == 0, float("nan"), x / d)
+
+
+@triton.jit
 def _scale(incoming, incoming_stride, divisor, row, ACC: tl.constexpr):
     """Factor of a row's gradient: its incoming gradient over the divisor of the mean; a null pointer counts as 1."""
     scale = tl.full((), 1.0, ACC)
     if incoming is not None:
         scale = tl.load(incoming + row * incoming_stride).to(ACC)
     if divisor is not None:
-        scale = scale / tl.load(divisor)
+        scale = _over_divisor(scale, divisor)
     return scale
 
 
@@ -360,7 +367,7 @@ def _reduce(loss, divisor, output, rows, ACC: tl.constexpr, BLOCK: tl.constexpr)
         total += tl.load(loss + row, mask=row < rows, other=0.0)
     mean = tl.sum(total, 0)
     if divisor is not None:
-        mean = mean / tl.load(divisor)
+        mean = _over_divisor(mean, divisor)
     tl.store(output, mean.to(output.dtype.element_ty))
 
 
