@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kThreads)
   if (gridDim.x > 1)
     store(partial + blockIdx.x, sum);
   else
-    store(output, narrow<T>(static_cast<A>(divisor != nullptr ? over_divisor(sum, static_cast<double>(load(divisor))) : sum)));
+    store(output,
+          narrow<T>(static_cast<A>(divisor != nullptr ? over_divisor(sum, static_cast<double>(load(divisor))) : sum)));
 }
 
 template <class Term, class A, class T>
