@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -72,11 +72,8 @@ def jobs(everything: bool, capabilities: list[str]) -> list[Job]:
         found.append(Job(f"CPU: results with ATEN_CPU_CAPABILITY={capability}", f"({RESULTS}){quick}", env, 50))
     if importlib.util.find_spec("triton") is not None:
         found.append(Job("Triton kernels, interpreted", f"{kernels}{quick}", INTERPRETED, 140, parts=3))
-    for job in found:
-        job.env["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
-        if everything:
-            job.env["FASTLLM_TESTS"] = "all"
-    return found
+    common = {"TRITON_CACHE_DIR": str(ROOT / "build" / "triton")} | ({"FASTLLM_TESTS": "all"} if everything else {})
+    return [replace(job, env=job.env | common) for job in found]
 
 
 def sanitized(sanitizer: str) -> list[Job]:

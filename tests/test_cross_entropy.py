@@ -210,7 +210,11 @@ def test_every_class_finds_its_probability(classes, dtype):
 
 
 @cpu_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.float16))],
+    ids=str,
+)
 def test_gradients_beyond_the_caches(dtype):
     """More than 64 MiB are written past the caches, from the first aligned item of each row on."""
     torch.manual_seed(0)

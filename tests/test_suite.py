@@ -43,12 +43,11 @@ def function_of(test: str) -> str:
 def collected(tmp_path_factory):
     """What pytest collects in the environment of each job: tests and their markers."""
     folder = tmp_path_factory.mktemp("collected")
-    chosen = [*run.jobs(False, ["default"]), *run.jobs(True, ["default"])]
-    kinds = {kind(job): job for job in chosen}
+    kinds = {kind(job): job for job in run.jobs(False, [])}
 
     def collect(item):
         name, job = item
-        out = folder / "-".join(name)
+        out = folder / "-".join(("tests", *name))
         command = [sys.executable, "-c", COLLECT, out]
         env = {**os.environ, "PYTHONPATH": f"{TESTS.parent}", **job.env}
         result = subprocess.run(command, cwd=TESTS.parent, env=env, capture_output=True, text=True)
@@ -60,8 +59,8 @@ def collected(tmp_path_factory):
 
 
 def kind(job: run.Job) -> tuple[str, ...]:
-    """What decides which tests pytest finds; what runs for all has other cases, but the same tests."""
-    return tuple(name for name in ("FASTLLM_CUDA_HOST", "TRITON_INTERPRET", "FASTLLM_TESTS") if name in job.env)
+    """What decides which tests pytest finds: neither instruction set nor number of cases does."""
+    return tuple(name for name in ("FASTLLM_CUDA_HOST", "TRITON_INTERPRET") if name in job.env)
 
 
 def selected(job: run.Job, collected) -> list[str]:
@@ -106,8 +105,7 @@ def test_only_slow_tests_are_left_out_of_make_test(collected):
 def test_the_cpu_runs_each_test_once(collected, everything):
     first, second = (set(selected(job, collected)) for job in run.jobs(everything, [])[:2])
     assert not first & second
-    quick = {test for test, marks in collected[("FASTLLM_TESTS",) if everything else ()] if "slow" not in marks}
-    assert quick <= first | second
+    assert {test for test, marks in collected[()] if everything or "slow" not in marks} == first | second
 
 
 KERNEL_JOBS = [
@@ -118,20 +116,20 @@ KERNEL_JOB = pytest.mark.parametrize(
 )
 # The least number of tests of a file in every job that runs kernels, and how many of them are in float16.
 LEAST = {
-    "test_contract.py": (200, 0),
+    "test_contract.py": (150, 0),
     "test_cross_entropy.py": (80, 10),
-    "test_embedding.py": (100, 20),
-    "test_linear_cross_entropy.py": (15, 1),
+    "test_embedding.py": (80, 16),
+    "test_linear_cross_entropy.py": (50, 1),
     "test_linear_relu.py": (10, 2),
     "test_mse_loss.py": (12, 1),
     "test_opinfo.py": (12, 3),
     "test_relu_mlp.py": (4, 1),
 }
 LEAST_OF_CUDA = {
-    "test_cuda_cross_entropy.py": (150, 9),
-    "test_cuda_embedding.py": (180, 25),
-    "test_cuda_host.py": (15, 0),
-    "test_cuda_linear.py": (60, 25),
+    "test_cuda_cross_entropy.py": (180, 14),
+    "test_cuda_embedding.py": (190, 31),
+    "test_cuda_host.py": (14, 0),
+    "test_cuda_linear.py": (95, 30),
 }
 
 
@@ -139,7 +137,7 @@ LEAST_OF_CUDA = {
 def test_no_file_and_no_float16_falls_out(collected, job):
     tests = selected(job, collected)
     least = LEAST | (LEAST_OF_CUDA if "FASTLLM_CUDA_HOST" in job.env else {})
-    least |= {"test_triton.py": (25, 0)} if "TRITON_INTERPRET" in job.env else {}
+    least |= {"test_triton.py": (35, 0)} if "TRITON_INTERPRET" in job.env else {}
     for file, (all_of_it, in_float16) in least.items():
         those = [test for test in tests if file_of(test) == file]
         assert len(those) >= all_of_it, file

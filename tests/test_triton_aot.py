@@ -44,6 +44,7 @@ def test_no_spills_and_matrix_instructions(target):
     assert all(r.widest_load == "128 bit" for r in rows), [(r.case, r.widest_load) for r in rows]
 
 
+@pytest.mark.slow
 def test_a_spill_and_a_missing_instruction_fail():
     """A tile too large for its warps, and a product that is not one."""
     launches = []
