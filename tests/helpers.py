@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -140,18 +141,7 @@ def bytes_left(function: Callable) -> int:
     function()  # what a first call leaves for good
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         held = function()
-    del held
-    return sum(event.self_cpu_memory_usage for event in profile.events())
-
-
-def bytes_left(function: Callable) -> int:
-    """CPU memory, in bytes, that is allocated in ``function()`` and not freed while its result is held.
-
-    Memory of ``fastllm.memory``'s pool is not seen: tensors must be smaller than 512 KiB.
-    """
-    function()  # what a first call leaves for good
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        held = function()
+        gc.collect()  # Triton's interpreter leaves cycles
     del held
     return sum(event.self_cpu_memory_usage for event in profile.events())
 
