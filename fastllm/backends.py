@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from fastllm import _native, triton
+from fastllm import _native, flops, triton
 from fastllm._build import cache
 from fastllm._version import TESTED_TORCH, __version__
 
@@ -171,6 +171,7 @@ if _native.extension is not None:
     _DIRECT = {op: getattr(_native.extension, op) for op in OPERATIONS}
     _serves = _native.extension.serves
     _native.extension.set_served_devices(["cpu", *_ACCELERATORS])
+    flops.register()
 else:
 
     def _serves(*tensors: torch.Tensor | None) -> bool:

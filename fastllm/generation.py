@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into evaluation mode; afterwards each of its modules has the mode that it had before."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -51,7 +64,7 @@ def generate(
     ids : Tensor
         ``(B, T)`` or ``(T,)``, T at least 1.
     temperature : float
-        Divides the logits; 0 takes the most probable word.
+        Divides the logits; 0, and a temperature that float32 cannot tell from 0, takes the most probable word.
     top_k, top_p
         See :func:`filter_logits`.
     generator : torch.Generator, optional
@@ -65,13 +78,13 @@ def generate(
     Raises
     ------
     ValueError
-        An empty ``ids``, a negative number, ``top_k < 1`` or ``top_p`` outside ``(0, 1]``.
+        An empty ``ids``, a negative number, a ``temperature`` of NaN, ``top_k < 1`` or ``top_p`` outside ``(0, 1]``.
     """
     if ids.dim() not in (1, 2) or ids.shape[-1] < 1:
         raise ValueError(f"generate: ids must be of shape (B, T) or (T,) with T >= 1, got {tuple(ids.shape)}")
     if max_new_tokens < 0:
         raise ValueError(f"generate: max_new_tokens must be >= 0, got {max_new_tokens}")
-    if temperature < 0.0:
+    if not temperature >= 0.0:  # NaN neither
         raise ValueError(f"generate: temperature must be >= 0, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"generate: top_k must be >= 1, got {top_k}")
@@ -81,10 +94,12 @@ def generate(
     batch = ids.unsqueeze(0) if single else ids
     for _ in range(max_new_tokens):
         logits = next_logits(batch).float()
-        if temperature == 0.0:
+        if temperature < torch.finfo(torch.float32).tiny:
             drawn = logits.argmax(dim=-1, keepdim=True)
         else:
-            kept = filter_logits(logits / temperature, top_k, top_p)
+            # The largest is subtracted first: it stays 0 where a small temperature sends the others to -inf.
+            scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+            kept = filter_logits(scaled, top_k, top_p)
             drawn = torch.multinomial(kept.softmax(dim=-1), 1, generator=generator)
         batch = torch.cat([batch, drawn.to(batch.dtype)], dim=1)
     return batch[0] if single else batch

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastllm.data import random_batch
+from fastllm.generation import evaluation_mode
 from fastllm.models import MLPLanguageModel
 from fastllm.tokenizer import Tokenizer
 
@@ -73,16 +74,14 @@ class ProgressBar:
 @torch.no_grad()
 def perplexity(model: MLPLanguageModel, ids: Tensor, length: int = 64, batch_size: int = 64) -> float:
     """``exp`` of the mean cross-entropy, in nats a word, of predicting each of ``ids`` but the first."""
-    training = model.training
-    model.eval()
     total, count = 0.0, 0
     length = min(length, len(ids) - 1)
     whole = (len(ids) - 1) // length * length
     inputs, targets = ids[:whole].view(-1, length), ids[1 : whole + 1].view(-1, length)
-    for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-        total += model.loss(x, y).item() * y.numel()
-        count += y.numel()
-    model.train(training)
+    with evaluation_mode(model):
+        for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+            total += model.loss(x, y).item() * y.numel()
+            count += y.numel()
     return math.exp(total / count)
 
 

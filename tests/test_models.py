@@ -7,6 +7,7 @@ import torch.nn.functional as TF
 import fastllm
 from fastllm.generation import filter_logits
 from fastllm.models import MLPLanguageModel
+from fastllm.training import perplexity
 
 
 def model(**kwargs):
@@ -68,6 +69,21 @@ def test_losses_are_those_of_the_logits():
     torch.testing.assert_close(lm.loss(ids, one_hot, "mse"), TF.mse_loss(logits, one_hot))
     with pytest.raises(ValueError, match="kind"):
         lm.loss(ids, targets, "hinge")
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_targets_of_another_shape(backend):
+    """As many targets in another shape would be scored against the wrong positions."""
+    lm = model()
+    for kind in ("cross_entropy", "mse"):
+        for wrong in (targets.t(), targets.flatten(), targets[:1], targets[:, :4], targets[0]):
+            with pytest.raises(ValueError, match=r"targets must be of shape \(2, 5\)"):
+                lm.loss(ids, wrong, kind, backend=backend)
+        with pytest.raises(ValueError, match="targets"):
+            lm.loss(ids[0], targets, kind, backend=backend)
+    for wrong in (torch.zeros(5, 2, 30), torch.zeros(2, 5, 1), torch.zeros(2, 5)):
+        with pytest.raises(ValueError, match=r"\(2, 5, 30\)"):
+            lm.loss(ids, wrong.double(), "mse", backend=backend)
 
 
 @pytest.mark.parametrize("kind", ["cross_entropy", "mse"])
@@ -133,8 +149,41 @@ def test_filters():
     assert kept(top_p=1.0) == [True] * 4
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-50, 5e-324, 1e-40, 1e-38, 3e-38, 1e-30, 1e-12])
+def test_a_temperature_that_overflows_is_the_argmax(temperature):
+    lm = model().float()
+    with torch.no_grad():
+        lm.output.weight.mul_(1e4)  # logits divided by the temperature are infinite
+    expected = lm.generate(ids, 6, temperature=0.0)
+    for options in ({}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.9}):
+        assert torch.equal(lm.generate(ids, 6, temperature=temperature, **options), expected)
+    assert lm.generate(ids, 6, temperature=float("inf")).shape == (2, 11)  # the even distribution
+
+
+def test_modules_keep_their_modes():
+    """Generation and evaluation run without dropout, and change no module's mode, even if they end in an error."""
+    lm = model(dropout=0.5).train()
+    lm.hidden[1].eval()  # a frozen part, as in fine-tuning
+    modes = [module.training for module in lm.modules()]
+    assert torch.equal(lm.generate(ids, 6, temperature=0.0), lm.generate(ids, 6, temperature=0.0))
+    assert perplexity(lm, ids.flatten(), 3) == perplexity(lm, ids.flatten(), 3)
+    with pytest.raises(IndexError):
+        lm.generate(ids + 30, 1)
+    with pytest.raises(IndexError):
+        perplexity(lm, ids.flatten() + 30, 3)
+    assert [module.training for module in lm.modules()] == modes
+
+
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": -1}]
+    "options",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"max_new_tokens": -1},
+    ],
 )
 def test_generation_arguments(options):
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -130,6 +130,11 @@ class MLPLanguageModel(nn.Module):
         -------
         Tensor
             0-dim.
+
+        Raises
+        ------
+        ValueError
+            Another ``kind``, or ``targets`` of another shape.
         """
         if backend is None and self.backend is None:
             return self._loss(ids, targets, kind)
@@ -137,17 +142,23 @@ class MLPLanguageModel(nn.Module):
             return self._loss(ids, targets, kind)
 
     def _loss(self, ids: Tensor, targets: Tensor, kind: str) -> Tensor:
+        if kind not in ("cross_entropy", "mse"):
+            raise ValueError(f"loss: kind must be 'cross_entropy' or 'mse', got {kind!r}")
+        output, dense = self.output, kind == "mse" and targets.is_floating_point()
+        expected = (*ids.shape, output.out_features) if dense else ids.shape
+        if targets.shape != expected:
+            raise ValueError(
+                f"loss: targets must be of shape {tuple(expected)} for ids of shape {tuple(ids.shape)}, "
+                f"got {tuple(targets.shape)}"
+            )
         hidden = self._hidden_states(ids)
         if kind == "cross_entropy":
             if hidden.dim() > 2:
                 hidden = hidden.flatten(0, -2)
                 targets = targets.flatten()
-            output = self.output
             return F.linear_cross_entropy(hidden, output.weight, targets, linear_bias=output.bias)
-        if kind != "mse":
-            raise ValueError(f"loss: kind must be 'cross_entropy' or 'mse', got {kind!r}")
-        logits = self.output(hidden)
-        if not targets.is_floating_point():
+        logits = output(hidden)
+        if not dense:
             counted = targets != -100
             one_hot = nn.functional.one_hot(torch.where(counted, targets, 0).long(), logits.shape[-1])
             targets = (one_hot * counted.unsqueeze(-1)).to(logits.dtype)
@@ -166,13 +177,8 @@ class MLPLanguageModel(nn.Module):
         backend: str | None = None,
     ) -> Tensor:
         """Continue ``ids``; see :func:`fastllm.generation.generate`."""
-        training = self.training
-        self.eval()
-        try:
-            with self._on(backend):
-                return generation.generate(self._next_logits, ids, max_new_tokens, temperature, top_k, top_p, generator)
-        finally:
-            self.train(training)
+        with generation.evaluation_mode(self), self._on(backend):
+            return generation.generate(self._next_logits, ids, max_new_tokens, temperature, top_k, top_p, generator)
 
     def _next_logits(self, ids: Tensor) -> Tensor:
         """``(B, T)`` ids to the logits ``(B, vocab_size)`` after the last of them."""
