@@ -94,6 +94,7 @@ class Native(build_ext):
                 tools,
                 target,
                 objects,
+                objects / "build.log",
                 VERSION,
                 cuda_required=wish == "1",
                 show=builder.Progress(sys.stderr),

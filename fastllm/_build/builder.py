@@ -112,6 +112,7 @@ def build_extension(
     tools: Toolchain,
     target: Path,
     folder: Path,
+    log: Path,
     version: str,
     *,
     cuda_required: bool = False,
@@ -126,7 +127,9 @@ def build_extension(
     Parameters
     ----------
     folder
-        Of the objects, the ninja file and ``build.log``.
+        Of the objects and the ninja file.
+    log
+        Gets the toolchain and everything that ninja and the compilers print.
     cuda_required
         Failing CUDA kernels are an error; else they are left out with a line given to ``say``.
 
@@ -142,10 +145,9 @@ def build_extension(
     CannotBuild
         The folder or the target cannot be written.
     """
-    log = folder / "build.log"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        for path in (folder, target.parent, log.parent):
+            path.mkdir(parents=True, exist_ok=True)
         log.write_text(f"{tools}\n")
     except OSError as error:
         raise CannotBuild(f"cannot write to {folder}: {error}") from error

@@ -174,18 +174,16 @@ def _build_locked(tools, folder, cuda_required, lock, say, show) -> Path:
     say(f"compiling for torch {tools.torch_version} {kernels} CUDA kernels by {tools.cxx_version}, a few minutes")
     if tools.cuda is None:
         say(f"no CUDA kernels: {tools.cuda_missing}")
-    objects = folder / "objects"
-    say(f"the log is {objects / 'build.log'}")
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    target = objects / f"_C{suffix}"
+    objects, log = folder / "objects", folder / "build.log"
+    say(f"the log is {log}")
+    target = objects / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     info = builder.build_extension(
-        tools, target, objects, __version__, cuda_required=cuda_required, show=show, say=say, keep_open=(lock,)
+        tools, target, objects, log, __version__, cuda_required=cuda_required, show=show, say=say, keep_open=(lock,)
     )
-    if failed := _load_error(target):
-        raise toolchain.CompileFailed(f"what was built cannot be loaded: {failed}; the log is {objects / 'build.log'}")
-    library = _publish(folder, target, info)
-    # What it was made of is not needed; the log is.
-    os.replace(objects / "build.log", folder / "build.log")
-    shutil.rmtree(objects)
+    failed = _load_error(target)
+    library = None if failed else _publish(folder, target, info)
+    shutil.rmtree(objects)  # nothing of a library that does not load is used again
+    if failed:
+        raise toolchain.CompileFailed(f"what was built cannot be loaded: {failed}; the log is {log}")
     say(f"built {library}")
     return library
