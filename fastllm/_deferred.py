@@ -63,15 +63,20 @@ def plain(argument):
 
 
 class Deferred:
-    """One deferred result. ``family`` are those that are derived from one another, in the order of their making."""
+    """One deferred result, of a layer's input ``source``.
 
-    def __init__(self, family: list[Deferred], source: Tensor) -> None:
+    ``family`` lists those that are derived from one another, in the order of their making. It refers to them and they to
+    it: whoever made the list clears it, so that their tensors are freed at once.
+    """
+
+    def __init__(self, source: Tensor, family: list[Deferred] | None = None) -> None:
         self._tensor = None
         self._family = family
         self._source = source
         self._version = version_of(source)
         self.autocast_dtype = autocast_dtype(source)
-        family.append(self)
+        if family is not None:
+            family.append(self)
 
     def is_open(self) -> bool:
         """Whether it is still only a recipe."""
@@ -83,7 +88,7 @@ class Deferred:
         if self._tensor is None:
             self.check_source()
             with autocast(self._source, self.autocast_dtype):
-                for member in self._family:
+                for member in (*(self._family or ()), self):
                     if member._tensor is None:
                         member._tensor = member.compute()
         return self._tensor
@@ -105,6 +110,9 @@ class Deferred:
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = {} if kwargs is None else kwargs
+        if len(args) == 0 and "input" in kwargs:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"),)
         if len(args) > 0 and isinstance(args[0], Deferred) and args[0].is_open():
             result = args[0].handle(func, args, kwargs)
             if result is not NotImplemented:

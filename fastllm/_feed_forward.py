@@ -6,6 +6,8 @@ parametrisation, quantisation, sharding one layer alone) is seen, and ends the f
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -60,7 +62,7 @@ class DeferredLinear(Deferred):
     """``input @ up.weight.T + up.bias`` and, once it has passed the ReLU, the larger of that and 0."""
 
     def __init__(self, input: Tensor, up: UpLinear, down: nn.Linear, activated: bool = False) -> None:
-        super().__init__([], input)
+        super().__init__(input)
         self.input = input
         self.up = up
         self.down = down
@@ -81,26 +83,52 @@ class DeferredLinear(Deferred):
         return DeferredLinear(self.input, self.up, self.down, activated=True)
 
     def handle(self, func, args, kwargs):
-        if func in (torch.relu, nn.functional.relu) and len(args) == 1 and not kwargs.get("inplace"):
-            return self.relu()
-        if func is nn.functional.dropout and self.activated:
-            p, training = kwargs.get("p", 0.5), kwargs.get("training", True)
-            if len(args) == 1 and not (training and p > 0) and not kwargs.get("inplace"):
-                return self
+        if func in (torch.relu, nn.functional.relu):
+            return self._relu(*args[1:], **kwargs)
+        if func is nn.functional.dropout:
+            return self._dropout(*args[1:], **kwargs)
         return NotImplemented
+
+    def _relu(self, inplace: bool = False):
+        return NotImplemented if inplace else self.relu()
+
+    def _dropout(self, p: float = 0.5, training: bool = True, inplace: bool = False):
+        is_idle = self.activated and not inplace and not (training and p > 0)
+        return self if is_idle else NotImplemented
+
+
+class Place:
+    """Where a first layer stands: its block, not owned, and the names of the ReLU (None for a function) and the second
+    layer in it."""
+
+    def __init__(self, block: nn.Module | None, relu: str | None, second: str) -> None:
+        self.block = weakref.ref(block) if block is not None else _no_block
+        self.relu = relu
+        self.second = second
+
+    def __deepcopy__(self, memo: dict) -> Place:
+        return Place(memo.get(id(self.block())), self.relu, self.second)  # in the copied block, if that is being copied
+
+    def __reduce__(self):
+        return Place, (self.block(), self.relu, self.second)
+
+
+def _no_block() -> None:
+    return None
 
 
 class UpLinear(nn.Linear):
     """The first layer of a feed-forward block: defers its output if the block's ReLU and second layer come next."""
 
     def forward(self, input: Tensor) -> Tensor | DeferredLinear:
-        block, activation, down = self._fastllm_block
-        second = block._modules.get(down)
+        place = self._fastllm_place
+        block = place.block()
+        second = None if block is None else block._modules.get(place.second)
         if (
             isinstance(input, Tensor)
             and is_plain(second, DownLinear)
             and not has_hooks(self)
-            and (activation is None or is_plain(block._modules.get(activation), DeferringReLU))
+            and (place.relu is None or is_plain(block._modules.get(place.relu), DeferringReLU))
             and second.weight.dtype == self.weight.dtype
             and torch.amp.is_autocast_available(input.device.type)  # not on the meta device
             and not all_calls_are_hooked()

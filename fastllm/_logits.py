@@ -30,7 +30,7 @@ class DeferredLogits(Deferred):
     def __init__(
         self, family, hidden, weight, bias, *, scale=1.0, squashed=False, softcap=None, dtype=None, made_by=None
     ):
-        super().__init__(family, hidden)
+        super().__init__(hidden, family)
         self.hidden = hidden  # (*, D)
         self.weight = weight  # (V, D)
         self.bias = bias  # (V,) or None
@@ -255,11 +255,11 @@ class DeferredLogits(Deferred):
 class LanguageModelHead(nn.Linear):
     """An output layer that defers its logits while its model computes a loss; otherwise :class:`torch.nn.Linear`."""
 
-    deferring = False
+    deferring: list | None = None  # the family of the logits, while the model computes a loss
 
     def forward(self, input: Tensor) -> Tensor | DeferredLogits:
-        if self.deferring and torch.amp.is_autocast_available(input.device.type):  # not on the meta device
-            return DeferredLogits([], input, self.weight, self.bias)
+        if self.deferring is not None and torch.amp.is_autocast_available(input.device.type):  # not on the meta device
+            return DeferredLogits(self.deferring, input, self.weight, self.bias)
         return nn.functional.linear(input, self.weight, self.bias)
 
 
@@ -283,7 +283,7 @@ def _rebuild(rebuild, base: type, *args):
 def _ready_head(model: Accelerated) -> LanguageModelHead | None:
     """The head, if nothing on the way from it to the loss would look at logits."""
     module = model
-    for name in model._fastllm_head or ():
+    for name in getattr(model, "_fastllm_head", None) or ():  # absent after undo, when a wrapper kept this forward
         if module is None or (module is not model and has_hooks(module)):
             return None
         module = module._modules.get(name)
@@ -337,16 +337,17 @@ def accelerated_class(base: type) -> type:
             head = _ready_head(self)
         if head is None:
             return base.forward(self, *args, **kwargs)
-        head.deferring = True
+        family = head.deferring = []
         if compiling:  # a graph break inside `try` would end the trace of the whole forward
-            output = base.forward(self, *args, **kwargs)
-            head.deferring = False
-        else:
-            try:
-                output = base.forward(self, *args, **kwargs)
-            finally:
-                head.deferring = False
-        return _without_logits(output)
+            output = _without_logits(base.forward(self, *args, **kwargs))
+            head.deferring = None
+            family.clear()
+            return output
+        try:
+            return _without_logits(base.forward(self, *args, **kwargs))
+        finally:
+            head.deferring = None
+            family.clear()
 
     names = {
         "forward": forward,

@@ -8,8 +8,9 @@ does.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from fastllm import nn as layers
 from fastllm._deferred import has_hooks
-from fastllm._feed_forward import DeferringReLU, DownLinear, FusedSequential, UpLinear
+from fastllm._feed_forward import DeferringReLU, DownLinear, FusedSequential, Place, UpLinear
 from fastllm._logits import Accelerated, LanguageModelHead, accelerated_class, labels_position
 from fastllm.backends import TABLE, get_backend
 
@@ -43,25 +44,26 @@ class Left:
     reason: str
 
 
-@dataclass
 class _Change:
-    """The new class of a module, and the attributes that the class needs."""
+    """The new class of a module, and the attributes that the class needs. The module is not kept alive."""
 
-    module: nn.Module
-    name: str
-    new: type
-    attributes: dict = field(default_factory=dict)
-    old: type | None = None
+    def __init__(self, module: nn.Module, name: str, new: type, attributes: dict) -> None:
+        self.module = weakref.ref(module)
+        self.name = name
+        self.old, self.new = type(module), new
+        self.attributes = attributes
 
     def make(self) -> None:
-        self.old = type(self.module)
-        self.module.__class__ = self.new
-        self.module.__dict__.update(self.attributes)
+        module = self.module()
+        module.__class__ = self.new
+        module.__dict__.update(self.attributes)
 
     def undo(self) -> None:
-        self.module.__class__ = self.old
-        for name in (*self.attributes, "deferring"):
-            self.module.__dict__.pop(name, None)
+        module = self.module()
+        if module is not None:
+            module.__class__ = self.old
+            for name in (*self.attributes, "deferring"):
+                module.__dict__.pop(name, None)
 
 
 class Report:
@@ -81,9 +83,10 @@ class Report:
             Something else (FSDP2, parametrisation) has changed the class of a replaced layer since; nothing is undone.
         """
         for change in self._changes:
-            if type(change.module) is not change.new:
+            module = change.module()
+            if module is not None and type(module) is not change.new:
                 raise RuntimeError(
-                    f"undo: {change.name or 'the model'} was made a {_class_name(type(change.module))} after accelerate; "
+                    f"undo: {change.name or 'the model'} was made a {_class_name(type(module))} after accelerate; "
                     "take that back first"
                 )
         for change in reversed(self._changes):
@@ -272,7 +275,7 @@ class _Plan:
         if reason is not None:
             self.left(where, kind, reason)
             return
-        self.change(up, UpLinear, _fastllm_block=(module, relus[0] if relus else None, down_name))
+        self.change(up, UpLinear, _fastllm_place=Place(module, relus[0] if relus else None, down_name))
         self.change(down, DownLinear)
         if relu is not None:
             self.change(relu, DeferringReLU)
@@ -285,7 +288,7 @@ class _Plan:
             k.__name__ == "PreTrainedModel" and k.__module__.startswith("transformers.") for k in type(model).__mro__
         ):
             return
-        if labels_position(type(model)) is None or (isinstance(model, Accelerated) and model._fastllm_head is not None):
+        if labels_position(type(model)) is None:
             return
         try:
             head = model.get_output_embeddings()
@@ -295,21 +298,25 @@ class _Plan:
             if type(model).can_generate():
                 self.left(name, model, "get_output_embeddings() gives no output layer")
             return
+        is_accelerated = isinstance(model, Accelerated) and model._fastllm_head is not None
+        if is_accelerated and type(head) is LanguageModelHead:
+            return
         path = next((n for n, module in model.named_modules() if module is head), None)
         head_name = name if path is None else _join(name, path)
         reason = self._why_not_head(model, head, path)
         if reason is not None:
             self.left(head_name, head if isinstance(head, nn.Module) else type(head).__name__, reason)
             return
-        if type(head) is nn.Linear and all(change.module is not head for change in self.report._changes):
+        if type(head) is nn.Linear and all(change.module() is not head for change in self.report._changes):
             self.change(head, LanguageModelHead)
-        self.change(model, accelerated_class(type(model)), _fastllm_head=tuple(path.split(".")))
+        if not is_accelerated:
+            self.change(model, accelerated_class(type(model)), _fastllm_head=tuple(path.split(".")))
         became = "its loss by linear_cross_entropy, without logits"
         self.replaced(head_name, f"{type(model).__name__}'s head", became, "linear_cross_entropy", head.weight)
 
     def _why_not_head(self, model: nn.Module, head: object, path: str | None) -> str | None:
         if not isinstance(head, nn.Linear):
-            return f"the head is a {type(head).__name__}, not a torch.nn.Linear"
+            return f"the head is a {_class_name(type(head))}, not a torch.nn.Linear"
         if path is None:
             return "the head is not a module of the model"
         reason = None if type(head) is LanguageModelHead else _why_not(head, nn.Linear)

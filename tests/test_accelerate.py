@@ -6,11 +6,12 @@ import copy
 import inspect
 import io
 import pickle
-from pathlib import Path
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastllm
@@ -45,7 +46,12 @@ class Words(nn.Module):
         self.words = nn.Embedding(50, 8, padding_idx=0)
         self.same = self.words
         self.net = nn.Sequential(
-            nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(12, 50)
+            nn.Linear(8, 16),
+            nn.ReLU(),
+            nn.Linear(16, 12),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(12, 50),
         )
         self.loss = nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=3)
         self.distance = nn.MSELoss(reduction="sum")
@@ -196,7 +202,7 @@ def wrap_weight_norm(net):
 
 
 def wrap_pruning(net):
-    nn.utils.prune.random_unstructured(net[0], "weight", 0.5)
+    prune.random_unstructured(net[0], "weight", 0.5)
 
 
 def wrap_subclass(net):
@@ -287,7 +293,7 @@ def test_transformer_layers(kind, activation):
     reference = copy.deepcopy(layer)
     before = snapshot(layer)
     report = fastllm.accelerate(layer)
-    assert [(row.name, row.left if False else row.became[:8]) for row in report.replaced] == [("linear1", "relu_mlp")]
+    assert [(row.name, row.became[:8]) for row in report.replaced] == [("linear1", "relu_mlp")]
     args = (torch.randn(2, 5, 16),) * (1 if kind is nn.TransformerEncoderLayer else 2)
     assert forward_operations(layer, *args) == {"relu_mlp"}
     assert_agree(layer, reference, *args)
@@ -417,13 +423,12 @@ def test_copies():
         torch.testing.assert_close(other(IDS, TARGET), expected)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic):
+def test_compile():
     torch._dynamo.reset()
     model = nn.Sequential(Words().net, nn.TransformerEncoderLayer(50, 2, 16, dropout=0.0))
     reference = copy.deepcopy(model)
     fastllm.accelerate(model)
-    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     for rows in (5, 6):
         assert_agree(compiled, reference, torch.randn(rows, 8))
 
@@ -460,16 +465,9 @@ def test_transforms():
         torch.testing.assert_close(ours[name], grad, rtol=1e-5, atol=1e-6)
 
 
-def test_nothing_of_transformers_is_imported():
-    from helpers import run_python
-
-    code = (
-        "import sys, torch, fastllm\n"
-        "print(fastllm.accelerate(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())))\n"
-        "assert not any(name.startswith('transformers') for name in sys.modules)"
-    )
-    result = run_python(code)
-    assert result.returncode == 0, result.stderr
+def test_nothing_of_transformers_is_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an import would raise
+    fastllm.accelerate(Words(), strict=True)
 
 
 def test_the_name_is_the_function():
@@ -495,6 +493,29 @@ def test_backend_in_the_report():
         assert {row.backend for row in fastllm.accelerate(Words()).replaced} == {"eager"}
 
 
-def documented_report() -> str:
-    text = (Path(__file__).parent.parent / "docs" / "accelerate.md").read_text()
-    return text.split("<!-- report: begin -->\n```\n")[1].split("\n```\n<!-- report: end -->")[0]
+def test_report_as_text():
+    text = str(fastllm.accelerate(nn.ModuleList([nn.Embedding(4, 2), nn.MSELoss()])))
+    backend = fastllm.accelerate(nn.Embedding(4, 2)).replaced[0].backend
+    assert text.splitlines() == [
+        "fastllm.accelerate: 2 replaced, 0 left",
+        "",
+        "replaced:",
+        "  name  class      became             backend",
+        f"  0     Embedding  fastllm.Embedding  {backend}",
+        f"  1     MSELoss    fastllm.MSELoss    {backend}",
+    ]
+
+
+def test_autocast_and_low_precision():
+    model = Words()
+    reference = copy.deepcopy(model)
+    fastllm.accelerate(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, expected = model(IDS, TARGET), reference(IDS, TARGET)
+    assert loss.dtype == expected.dtype
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, dtype=torch.bfloat16)
+    reference = copy.deepcopy(layer)
+    fastllm.accelerate(layer)
+    x = torch.randn(3, 2, 16, dtype=torch.bfloat16)
+    torch.testing.assert_close(layer(x), reference(x), rtol=2e-2, atol=2e-2)

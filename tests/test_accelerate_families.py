@@ -6,9 +6,15 @@ Not part of the quick suite: the families are many and transformers takes second
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
 import io
 import os
 import pickle
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,7 +123,7 @@ FAMILIES = {
     "granite": lambda: transformers.GraniteForCausalLM(transformers.GraniteConfig(**GROUPED, logits_scaling=3.0)),
     "cohere": lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**SIZES, logit_scale=0.3)),
     "t5": t5,
-    "t5-gated": lambda: t5("gated-gelu", tie_word_embeddings=False),
+    "t5-gated": lambda: t5("gated-gelu", tie_word_embeddings=False, initializer_factor=0.3),
     "bart": bart,
     "bert": bert,
 }
@@ -230,9 +236,10 @@ def test_outputs(family):
             if output.logits is not None:
                 assert type(output.logits) is torch.Tensor
                 torch.testing.assert_close(output.logits, expected.logits, rtol=1e-5, atol=1e-5)
-        loss, second, *_ = model(**inputs, return_dict=False)
-        torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=0)
-        assert (second is None) == mode  # positions of a tuple stay
+        output, expected_tuple = (each(**inputs, return_dict=False) for each in (model, reference))
+        torch.testing.assert_close(output[0], expected.loss, rtol=1e-5, atol=0)
+        at = 2 if family == "mixtral" else 1  # after the loss of the experts
+        assert len(output) == len(expected_tuple) and (output[at] is None) == mode  # the positions stay
         if not is_seq2seq:
             ids = inputs["input_ids"]
             torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-5, atol=1e-5)
@@ -241,8 +248,6 @@ def test_outputs(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_else_stays(family, tmp_path):
-    import inspect
-
     model = made(family).eval()
     inputs = batch()["input_ids"]
     generated = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
@@ -284,7 +289,9 @@ def test_everything_else_stays(family, tmp_path):
 def test_strict():
     model = opt()
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="embed_positions .*OPTLearnedPositionalEmbedding.*: a subclass of Embedding"):
+    with pytest.raises(
+        RuntimeError, match="embed_positions .*OPTLearnedPositionalEmbedding.*: a subclass of Embedding"
+    ):
         fastllm.accelerate(model, strict=True)
     assert_same(before, snapshot(model))
     assert fastllm.accelerate(model, embedding=False, strict=True).left == []
@@ -425,7 +432,7 @@ def test_normaliser_shifted_labels_and_ignored_index():
     reference = copy.deepcopy(model)
     fastllm.accelerate(model)
     inputs = batch()
-    shifted = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    shifted = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
     for options in (
         {"num_items_in_batch": 7},
         {"num_items_in_batch": torch.tensor(7)},
@@ -497,11 +504,25 @@ def custom_loss(kind):
     return loss
 
 
-KINDS = (
-    "z-loss smoothed weighted log-softmax transposed masked sliced last|in place|views in place|capped by another way|"
-    "tanh alone|negative cap|probabilities|bias and scale|by class|by name"
-)
-KINDS = [*KINDS.split("|")[0].split(), *KINDS.split("|")[1:]]
+KINDS = [
+    "z-loss",
+    "smoothed",
+    "weighted",
+    "log-softmax",
+    "transposed",
+    "masked",
+    "sliced",
+    "last",
+    "in place",
+    "views in place",
+    "capped by another way",
+    "tanh alone",
+    "negative cap",
+    "probabilities",
+    "bias and scale",
+    "by class",
+    "by name",
+]
 WITHOUT_LOGITS = {"smoothed", "masked", "sliced", "last", "bias and scale", "by name"}
 
 
@@ -584,7 +605,7 @@ def test_compile(family, fullgraph):
         loss.backward(), expected.backward()
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
-    assert not model.get_output_embeddings().deferring
+    assert model.get_output_embeddings().deferring is None
     assert model.eval()(**batch()).logits is not None
 
 
@@ -623,9 +644,10 @@ def test_copies_are_accelerated_and_independent(family):
         torch.testing.assert_close(other(**batch()).loss, expected)
         other(**batch()).loss.backward()
         assert all(p.grad is None for p in model.parameters())
-        ours = {id(module) for module in other.modules()}
-        blocks = [vars(module)["_fastllm_block"] for module in other.modules() if "_fastllm_block" in vars(module)]
-        assert all(id(block[0]) in ours for block in blocks)
+        modules = list(other.modules())
+        places = [vars(module)["_fastllm_place"] for module in modules if "_fastllm_place" in vars(module)]
+        assert all(any(place.block() is module for module in modules) for place in places)
+        assert bool(places) == (family != "gemma2")
     assert model(**batch()).logits is not None
 
 
@@ -683,10 +705,256 @@ def test_data_parallel_replicas_do_not_share_state():
     assert replica._fastllm_head == ("lm_head",)
 
 
-def test_resized_embeddings_fall_back_and_can_be_accelerated_again():
+def test_resized_embeddings():
     model = opt().train()
     fastllm.accelerate(model)
     model.resize_token_embeddings(VOCABULARY + 5)
-    assert model(**batch()).loss.isfinite()
-    fastllm.accelerate(model)
     assert model(**batch()).logits is None
+
+
+def test_a_new_head_is_accelerated_by_the_next_call():
+    model = opt(tie_word_embeddings=False).train()
+    first = fastllm.accelerate(model)
+    model.lm_head = nn.Linear(32, VOCABULARY, bias=False)
+    assert model(**batch()).logits is not None
+    second = fastllm.accelerate(model)
+    assert [row.name for row in second.replaced] == ["lm_head"]
+    assert model(**batch()).logits is None
+    second.undo()
+    assert model(**batch()).logits is not None
+    first.undo()
+    assert type(model) is transformers.OPTForCausalLM
+
+
+@pytest.mark.parametrize("family", ["opt", "gemma2", "t5"])
+def test_nothing_is_kept_alive(family):
+    """Neither a step's tensors nor the model wait for the garbage collector."""
+    model = made(family).train()
+    report = fastllm.accelerate(model)
+    gc.collect()
+    gc.disable()
+    try:
+        output = model(**batch())
+        output.loss.backward()
+        del output
+        assert [item for item in gc.get_objects() if "Deferred" in type(item).__name__] == []
+        layer = weakref.ref(model.get_output_embeddings())
+        blocks = [weakref.ref(module) for module in model.modules()]
+        del model
+        assert layer() is None and not any(block() for block in blocks)
+        report.undo()
+    finally:
+        gc.enable()
+
+
+# --- training programs
+
+
+def trained(model: nn.Module, tmp_path, **options) -> tuple[list[float], dict[str, torch.Tensor], dict]:
+    """Losses, parameters and evaluation of a short run of Trainer on sequences with unequal numbers of labels."""
+    examples = [
+        {"input_ids": one["input_ids"][0], "labels": one["labels"][0]} for one in (batch(seed) for seed in range(16))
+    ]
+    for at, example in enumerate(examples):
+        example["labels"][: at % 7] = -100
+    seen = []
+
+    def metrics(prediction):
+        seen.append(prediction.predictions.shape)
+        return {"mean": float(prediction.predictions.mean())}
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=4,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=3,
+        **options,
+    )
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=examples, eval_dataset=examples[:4], compute_metrics=metrics
+    )
+    trainer.train()
+    evaluation = trainer.evaluate()
+    assert seen == [(4, 9, VOCABULARY)]  # evaluation has its logits
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, model.state_dict(), evaluation
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing_factor": 0.1}, {"bf16": True}], ids=str)
+def test_trainer(options, tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate, which Trainer needs, is not installed")
+    torch.manual_seed(0)
+    reference = opt()
+    model = copy.deepcopy(reference)
+    report = fastllm.accelerate(model)
+    losses, state, evaluation = trained(model, tmp_path, **options)
+    report.undo()
+    assert model.train()(**batch()).logits is not None  # also where Trainer has wrapped the forward that it found
+    expected, expected_state, expected_evaluation = trained(reference, tmp_path, **options)
+    rel = 5e-3 if options.get("bf16") else 1e-4
+    assert len(losses) == 4 and losses == pytest.approx(expected, rel=rel)
+    assert evaluation["eval_loss"] == pytest.approx(expected_evaluation["eval_loss"], rel=rel)
+    assert evaluation["eval_mean"] == pytest.approx(expected_evaluation["eval_mean"], rel=1e-2, abs=1e-4)
+    for name, value in expected_state.items():
+        if not options.get("bf16"):
+            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.losses = model, []
+
+        def training_step(self, inputs, index):
+            output = self.model(**inputs)
+            assert (output.logits is None) == (self.model.get_output_embeddings().__class__ is not nn.Linear)
+            self.losses.append(output.loss.item())
+            return output.loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    losses = []
+    for accelerate in (False, True):
+        torch.manual_seed(0)
+        module = Module(opt().train())
+        if accelerate:
+            report = fastllm.accelerate(module)
+            assert any(row.name == "model.lm_head" for row in report.replaced)
+        trainer = lightning.Trainer(
+            max_steps=6,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            gradient_clip_val=1.0,
+            accumulate_grad_batches=2,
+        )
+        data = torch.utils.data.DataLoader([batch(seed) for seed in range(12)], batch_size=None)
+        trainer.fit(module, data)
+        losses.append(module.losses)
+    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+DISTRIBUTED = """
+import copy, sys, torch, torch.distributed as dist
+sys.path.insert(0, {here!r})
+import fastllm, test_accelerate_families as t
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+rank = int(sys.argv[1])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://{store}", rank=rank, world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+
+
+def layers(model):
+    base = model.base_model
+    return base.decoder.layers if hasattr(base, "decoder") else base.layers
+
+
+def shard(model, kind):
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    options = dict(mesh=mesh)
+    if "bf16" in kind:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in layers(model):
+        if "parts" in kind:  # a layer of a block, alone
+            fully_shard(layer.fc2, **options)
+        fully_shard(layer, **options)
+    if "head" in kind:  # resharded when its own forward ends
+        fully_shard(model.get_output_embeddings(), reshard_after_forward=True, **options)
+    return fully_shard(model, **options)
+
+
+def run(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses, logits = [], None
+    for step in range(3):
+        output = model(**t.batch(2 * step + rank))
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output.loss.item())
+        logits = output.logits
+    return losses, logits
+
+
+for kind, family in t.PROCESSES:
+    reference = t.made(family).train()
+    model = copy.deepcopy(reference)
+    report = fastllm.accelerate(model)
+    expected, _ = run(shard(reference, kind))
+    losses, logits = run(shard(model, kind))
+    tolerance = 2e-2 if "bf16" in kind else 1e-4
+    problems = [] if all(abs(a / b - 1) < tolerance for a, b in zip(losses, expected)) else [(losses, expected)]
+    if (logits is None) != ("head" not in kind):
+        problems.append("logits: " + str(logits))
+    try:
+        report.undo()
+        undone = "undone"
+    except RuntimeError as error:
+        undone = str(error)
+    if ("after accelerate" in undone) != (kind != "ddp"):
+        problems.append(undone)
+    print(kind, family, problems or "agree", sep="|", flush=True)
+dist.destroy_process_group()
+"""
+PROCESSES = [
+    ("ddp", "opt"),
+    ("fsdp2", "opt"),
+    ("fsdp2", "gemma2"),
+    ("fsdp2 bf16", "llama"),
+    ("fsdp2 head", "llama"),
+    ("fsdp2 parts", "opt"),
+]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[str]:
+    """The output of both, which run all cases after one another."""
+    folder = tmp_path_factory.mktemp("processes")
+    script = folder / "script.py"
+    script.write_text(DISTRIBUTED.format(here=str(Path(__file__).parent), store=folder / "store"))
+    both = [
+        subprocess.Popen([sys.executable, str(script), rank], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    try:
+        outputs = [process.communicate(timeout=1800) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    return [out + "\n" + error[-3000:] for out, error in outputs]
+
+
+@pytest.mark.parametrize("kind, family", PROCESSES)
+def test_two_processes(kind, family, two_processes):
+    for output in two_processes:
+        assert f"{kind}|{family}|agree" in output, output
+
+
+def test_documented_report():
+    text = (Path(__file__).parent.parent / "docs" / "accelerate.md").read_text()
+    code = text.split("```python\nconfig = ")[1].split("```")[0]
+    expected = text.split("<!-- report: begin -->\n```\n")[1].split("\n```\n<!-- report: end -->")[0]
+    printed = []
+    exec(
+        "config = " + code,
+        {"transformers": transformers, "fastllm": fastllm, "print": lambda x: printed.append(str(x))},
+    )
+    assert printed == [expected]
