@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
 
 from fastllm import functional, memory, nn
 from fastllm._version import __version__
+from fastllm.acceleration import accelerate, accelerated
 from fastllm.backends import info, set_backend, use_backend
 from fastllm.nn import CrossEntropyLoss, Embedding, LinearCrossEntropyLoss, LinearReLU, MSELoss, ReLUMLP
 
@@ -25,6 +26,8 @@ __all__ = [
     "MSELoss",
     "ReLUMLP",
     "__version__",
+    "accelerate",
+    "accelerated",
     "functional",
     "info",
     "memory",
