@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import json
 import os
 import signal
@@ -141,7 +140,6 @@ def bytes_left(function: Callable) -> int:
     function()  # what a first call leaves for good
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         held = function()
-        gc.collect()  # Triton's interpreter leaves cycles
     del held
     return sum(event.self_cpu_memory_usage for event in profile.events())
 

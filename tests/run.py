@@ -67,6 +67,12 @@ def jobs(everything: bool, capabilities: list[str]) -> list[Job]:
         Job("CPU: all else", f"not ({RESULTS}){quick}", ONE_THREAD, 120, parts=3),
         Job("CUDA kernels, emulated", f"{kernels}{quick}", EMULATED, 130, parts=3),
     ]
+    # The nodes that serve without the extension: on the CPU's kernels, and as on a machine without a compiler.
+    nodes = {"FASTLLM_TEST_NODES": "python", **ONE_THREAD}
+    found.append(Job("CPU: contract, autograd nodes in Python", f"contract{quick}", nodes, 70))
+    if everything and importlib.util.find_spec("triton") is not None:
+        alone = {"FASTLLM_TEST_NATIVE": "0", **INTERPRETED}
+        found.append(Job("Triton kernels, interpreted, no extension", "numbers and contract", alone, 300))
     for capability in capabilities:
         env = {"ATEN_CPU_CAPABILITY": capability, **ONE_THREAD}
         found.append(Job(f"CPU: results with ATEN_CPU_CAPABILITY={capability}", f"({RESULTS}){quick}", env, 50))
