@@ -373,9 +373,9 @@ def cross_entropy(
     if type(ignore_index) is not int:
         ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
     _check_numbers("cross_entropy", label_smoothing, lse_square_scale, softcap)
+    operation = native("cross_entropy", input, target, weight)
     if inplace_backward:
         _check_overwritable(input)
-    operation = native("cross_entropy", input, target, weight)
     if operation is None:
         return eager.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing, lse_square_scale, softcap

@@ -175,7 +175,7 @@ def test_mixed_devices(op, position):
 
 @pytest.mark.filterwarnings("ignore")
 def test_bad_index_is_found_before_anything_is_written():
-    logits = torch.randn(3, 4, requires_grad=True)
+    logits = torch.randn(3, 4, requires_grad=True) * 1.0
     copy = logits.detach().clone()
     with pytest.raises(IndexError):
         F.cross_entropy(logits, torch.tensor([0, 1, 7]), inplace_backward=True)

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import weakref
 
 import pytest
 import torch
@@ -343,11 +344,9 @@ def test_channels_last_mse():
     assert g.stride() == x.stride()
 
 
-def in_place_cases(dtype=torch.float64):
+def memory_cases(dtype):
     """The small cases, logits that may be overwritten, and class probabilities that are differentiated."""
-    cases = [
-        c for c in small_cases(dtype) if dtype != torch.float16 or c.op != "linear_cross_entropy" or c.name != "sum"
-    ]
+    cases = small_cases(dtype)
     x, q, y = torch.randn(3, 5, dtype=dtype), torch.softmax(torch.randn(3, 5, dtype=dtype), 1), torch.tensor([1, 4, 0])
     for r in ("none", "mean"):
         own = lambda a, r=r: F.cross_entropy(a.clone(), y, reduction=r, inplace_backward=True)  # noqa: E731
@@ -378,19 +377,23 @@ def one_backward(how, output, wanted):
 @pytest.mark.parametrize("how", ["of one", "other", "first input", "last input", "create_graph", "graph kept before"])
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_nothing_is_held_after_backward(op, how, dtype):
-    """A loss that lives on after backward holds its own number: no gradient, statistics or saved tensor."""
-    for case in in_place_cases(dtype):
+    """An output that lives on after backward holds its own numbers: no gradient, statistics or saved tensor."""
+    for case in memory_cases(dtype):
         if case.op != op or (how == "graph kept before" and "inplace" in case.name):
             continue
-        wanted = differentiable(case)
+        wanted, own = differentiable(case), []
 
-        def step(case=case, wanted=wanted):
-            own = [a if a is None else a.clone() for a in case.inputs]  # intermediate results, which a node alone holds
-            output = case.ours(*own)
+        def step(case=case, wanted=wanted, own=own):
+            inputs = [a if a is None else a.clone() for a in case.inputs]  # which a node alone will hold
+            own[:] = [weakref.ref(a) for a in inputs if a is not None]
+            output = case.ours(*inputs)
             one_backward(how, output, wanted)
             return output
 
-        assert bytes_left(step) == case.ours(*case.inputs).nbytes, case
+        output = step()
+        assert bytes_left(step) == output.nbytes, case
+        output = step()
+        assert all(reference() is None for reference in own), case
 
 
 @pytest.mark.contract
@@ -410,6 +413,33 @@ def test_every_node_has_the_name_of_its_operation():
         assert len(found) == 1
         assert op.replace("_", "") + "backward" in next(iter(found)).lower()
     assert len(set.union(*names.values())) == len(OPERATIONS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("op", ["linear_relu", "relu_mlp", "linear_cross_entropy"])
+def test_biases_may_change_before_backward(op, reduction, dtype):
+    """Two forwards, a step of the biases, two backwards: the gradients of the biases that forward saw."""
+    torch.manual_seed(0)
+    x, w, v = (torch.randn(s).to(dtype).requires_grad_() for s in [(3, 4), (6, 4), (2, 6)])
+    b, c = torch.randn(6).to(dtype).requires_grad_(), torch.randn(2).to(dtype).requires_grad_()
+    y = torch.tensor([1, 5, 0])
+    call, leaves = {
+        "linear_relu": (lambda: F.linear_relu(x, w, b), [x, w, b]),
+        "relu_mlp": (lambda: F.relu_mlp(x, w, b, v, c), [x, w, b, v, c]),
+        "linear_cross_entropy": (
+            lambda: F.linear_cross_entropy(x, w, y, linear_bias=b, reduction=reduction),
+            [x, w, b],
+        ),
+    }[op]
+    expected = torch.autograd.grad(call().sum() * 1.5, leaves)
+    outputs = [call(), call()]
+    with torch.no_grad():
+        b.sub_(7.0)
+        c.sub_(7.0)
+    for output in outputs:
+        for a, e in zip(torch.autograd.grad(output.sum() * 1.5, leaves), expected, strict=True):
+            assert torch.equal(a, e)
 
 
 # Inputs that backward reads again where PyTorch has saved results of the logits' size instead: to change them in place

@@ -99,12 +99,12 @@ def test_mean_over_weights_that_sum_to_zero(zeros, targets, dtype):
         [3e38, 3e38, -3e38, 0.0, 1.0],
         [-3e38, -3e38, -3e38, -3e38, -3e38],
         [-3e38, 3e38, 1e38, 2.9999999e38, 0.0],
-        [2e19, 2e19, 0.0, -2e19, 1.9e19],
+        [2e19, 1e19, 0.0, -2e19, 1.9e19],
     ],
     ids=str,
 )
 def test_z_loss_of_huge_logits(row, s, reduction):
-    """Where float64, rounded to float32, is infinite or NaN, and where it is not."""
+    """Infinite and NaN where the definition is: its square overflows from 1.8e19 on, the derivative from 1.7e38 on."""
     x = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5], row])
     for y in ([1, 2], [0, 0], [4, 1], [-100, 4]):
         for smoothing in (0.0, 0.1):
@@ -222,7 +222,7 @@ def test_gradients_beyond_the_caches(dtype):
     y[::7] = torch.arange(48)  # near the beginning of rows of every alignment
     _, grad = gradient(F.cross_entropy, x, y, reduction="sum")
     again = x.clone().requires_grad_()
-    F.cross_entropy(again, y, reduction="sum", inplace_backward=True).backward()
+    F.cross_entropy(again.clone(), y, reduction="sum", inplace_backward=True).backward()
     for rows in torch.arange(331).split(50):
         p = torch.softmax(x[rows].double(), 1)
         p[torch.arange(len(rows)), y[rows]] -= 1

@@ -100,6 +100,18 @@ def _gradient(x, top, log_sum, pull, share, scale, slope):
 
 
 @triton.jit
+def _z_loss(lse, scale):
+    """scale lse^2, infinite where the definition's square is."""
+    return tl.where(scale == 0, 0.0, scale * (lse * lse))
+
+
+@triton.jit
+def _z_slope(lse, scale):
+    """Its derivative, infinite where the definition's is."""
+    return tl.where(scale == 0, 0.0, scale * (2 * lse))
+
+
+@triton.jit
 def _row_start(row, stride, base, classes, VEC: tl.constexpr):
     """Where a row starts, its items up to the first 16-byte boundary, and its whole groups of VEC."""
     start = row.to(tl.int64) * stride
@@ -257,7 +269,7 @@ def _forward(
         if WEIGHTED:
             shares = tl.load(weight + y)
         value = shares * (top - z + log_sum)
-    tl.store(loss + row, value + lse_square_scale * lse * lse)
+    tl.store(loss + row, value + _z_loss(lse, lse_square_scale))
     tl.store(top_row + row, top)
     tl.store(log_sum_row + row, log_sum)
 
@@ -265,7 +277,7 @@ def _forward(
         # The gradient may overwrite the logits: not before every warp has read its own.
         tl.debug_barrier()
         scale = _scale(incoming, incoming_stride, divisor, row, ACC)
-        pull = shares + 2 * lse_square_scale * lse
+        pull = shares + _z_slope(lse, lse_square_scale)
         if ONE_TILE:
             share = _shares(columns, mask, q_row, weight, even, y_share, y, PROBABILITIES, WEIGHTED, SMOOTHED, ACC)
             slope = _slope(logits_row + columns, mask, softcap, SOFTCAP, ACC)
@@ -333,7 +345,7 @@ def _backward(
                 shares += smoothing
     top = tl.load(top_row + row)
     log_sum = tl.load(log_sum_row + row)
-    pull = shares + 2 * lse_square_scale * (top + log_sum)
+    pull = shares + _z_slope(top + log_sum, lse_square_scale)
     scale = _scale(incoming, incoming_stride, divisor, row, ACC)
     _write_gradient(
         logits_row, grad_row, q_row, weight, head, groups, classes, top, log_sum, pull, even, y_share, y, scale,
