@@ -1,5 +1,6 @@
 """linear_cross_entropy against float64, every option and dtype."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from operations import cases_of
 
 import fastllm
 import fastllm.functional as F
+from fastllm import eager
 
 TESTS = str(Path(__file__).resolve().parent)
 
@@ -141,6 +143,7 @@ import conftest
 import torch
 import torch.nn.functional as TF
 import fastllm.functional as F
+from fastllm import eager
 from helpers import check_against_float64
 torch.manual_seed(0)
 for n in (65, 128, 300):
@@ -241,3 +244,43 @@ def test_gradient_of_class_weights():
     wanted = [x, w, classes]
     for a, b in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", [3, 40], ids=["own kernel", "products"])
+def test_mean_over_weights_that_sum_to_zero(features, dtype):
+    """0 over 0: NaN in the loss and in the gradients that counted rows reach, whatever is smoothed or added."""
+    torch.manual_seed(0)
+    x, w = torch.randn(3, features).to(dtype), torch.randn(5, features).to(dtype)
+    weight, y = torch.tensor([0.5, 0, 2, 0, 1], dtype=dtype), torch.tensor([1, -100, 3])
+    for smoothing, s in itertools.product([0.0, 0.1], [0.0, 0.25]):
+        results = []
+        for function in (F.linear_cross_entropy, eager.linear_cross_entropy):
+            leaves = [t.clone().requires_grad_() for t in (x, w)]
+            options = dict(weight=weight, label_smoothing=smoothing, lse_square_scale=s)
+            output = function(*leaves, y, **options)
+            once = torch.autograd.grad(output, leaves, retain_graph=True)
+            results.append([output, *once, *torch.autograd.grad(output, leaves, torch.full_like(output, 1.5))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_second_derivatives_reach_the_bias(reduction, dtype):
+    """Also where backward has a copy of its numbers: after a change of the bias, with its graph, leaf or not."""
+    torch.manual_seed(0)
+    x, w, b = torch.randn(3, 4).to(dtype), torch.randn(5, 4).to(dtype), torch.randn(5).to(dtype)
+    y = torch.tensor([1, -100, 3])
+    for scaled in (False, True):
+        results = []
+        for function in (F.linear_cross_entropy, eager.linear_cross_entropy):
+            leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+            bias = leaves[2] * 2 if scaled else leaves[2]
+            output = function(*leaves[:2], y, linear_bias=bias, reduction=reduction)
+            grads = torch.autograd.grad(output.sum() * 1.5, leaves, create_graph=True)
+            results.append([*grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)])
+        for a, b2 in zip(*results, strict=True):
+            torch.testing.assert_close(
+                a, b2, rtol=2e-2 if dtype == torch.float16 else 1e-4, atol=1e-2 if dtype == torch.float16 else 1e-5
+            )

@@ -32,13 +32,14 @@ struct Problem {
   using A = acc_t<T>;
   const CrossEntropyRows& r;
   const A* weight;
-  A keep, smooth;  // 1 - e, e / V
+  A keep, smooth, z_scale;  // 1 - e, e / V, s
 
   explicit Problem(const CrossEntropyRows& rows)
       : r(rows),
         weight(static_cast<const A*>(rows.weight)),
         keep(static_cast<A>(1 - rows.label_smoothing)),
-        smooth(static_cast<A>(rows.label_smoothing / static_cast<double>(rows.classes))) {}
+        smooth(static_cast<A>(rows.label_smoothing / static_cast<double>(rows.classes))),
+        z_scale(static_cast<A>(rows.lse_square_scale)) {}
 
   const T* logits(int64_t row) const { return static_cast<const T*>(r.logits) + row * r.logits_stride; }
   T* grad(int64_t row) const { return static_cast<T*>(r.grad) + row * r.grad_stride; }
@@ -54,13 +55,15 @@ struct Problem {
     const A by_row = r.row_scale == nullptr ? A(1) : static_cast<const A*>(r.row_scale)[row];
     return static_cast<A>(r.scale) * by_row;
   }
+  // s lse^2, infinite where the definition's square is; its derivative, in terms(), likewise.
+  A z_loss(A lse) const { return z_scale == 0 ? A(0) : z_scale * (lse * lse); }
   // distribution_mass: sum_c w_c q'_c, for class probabilities.
   RowTerms<A> terms(int64_t row, A distribution_mass, A lse) const {
     const A g = scale(row);
-    const A z_loss = 2 * static_cast<A>(r.lse_square_scale) * lse;
-    if (r.probabilities != nullptr) return {(distribution_mass + z_loss) * g, smooth, 0, 0, g, -1};
+    const A z_slope = z_scale == 0 ? A(0) : z_scale * (2 * lse);
+    if (r.probabilities != nullptr) return {(distribution_mass + z_slope) * g, smooth, 0, 0, g, -1};
     const A truth = keep * weight_of(target(row)) * g;
-    const A rest = (smooth * static_cast<A>(r.weight_sum) + z_loss) * g;
+    const A rest = (smooth * static_cast<A>(r.weight_sum) + z_slope) * g;
     return {truth + rest, smooth * g, truth, rest, g, target(row)};
   }
 };
@@ -412,7 +415,7 @@ acc_t<T> row_loss(const Problem<T>& problem, int64_t row, const X* x, Softmax<ac
     const T* q = problem.probabilities(row);
     if (q != nullptr) {
       loss = distribution_loss(x, q, problem.weight, problem.keep, problem.smooth, m, log_sum, r.classes, mass);
-      return loss + static_cast<A>(r.lse_square_scale) * lse * lse;
+      return loss + problem.z_loss(lse);
     }
   } else if (r.probabilities != nullptr) {
     const T* q = problem.probabilities(row);
@@ -424,15 +427,14 @@ acc_t<T> row_loss(const Problem<T>& problem, int64_t row, const X* x, Softmax<ac
       sum += share;
     }
     *mass = sum;
-    return loss + static_cast<A>(r.lse_square_scale) * lse * lse;
+    return loss + problem.z_loss(lse);
   }
   const int64_t y = problem.target(row);
   loss = problem.keep * problem.weight_of(y) * (log_sum - (to_acc(x[y]) - m));
   if (problem.smooth != 0)
     loss +=
         problem.smooth * (static_cast<A>(r.weight_sum) * log_sum - weighted_offsets(x, problem.weight, m, r.classes));
-  if (r.lse_square_scale != 0) loss += static_cast<A>(r.lse_square_scale) * lse * lse;
-  return loss;
+  return loss + problem.z_loss(lse);
 }
 
 template <class T>

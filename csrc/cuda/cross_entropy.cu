@@ -40,7 +40,7 @@ FASTLLM_DEVICE Slope<Acc<T> > finish_row(const Rows<T>& r, const Row<T>& row, St
   if (s.max == -kInfinity<A>) s.sum = kNaN<A>;
   const A log_sum = std::log(s.sum), lse = s.max + log_sum;
   if (writes) {
-    A loss = r.z_scale * lse * lse;
+    A loss = r.z_scale == 0 ? A(0) : r.z_scale * (lse * lse);  // infinite where the definition's square is
     if (row.y >= 0) loss += truth_of(r, row) * (s.max - z + log_sum);
     if constexpr (general) loss += s.pull + s.mass * log_sum;
     store(r.loss + row.index, loss);

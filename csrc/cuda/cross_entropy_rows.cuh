@@ -26,6 +26,12 @@ constexpr bf16 kMinusInfinity<bf16>{0xff80};
 template <>
 constexpr f16 kMinusInfinity<f16>{0xfc00};
 
+// x over the divisor of a mean: NaN for 0, where the definition divides 0 by 0 in one of its terms.
+template <class A>
+FASTLLM_DEVICE A over_divisor(A x, A divisor) {
+  return divisor == 0 ? kNaN<A> : x / divisor;
+}
+
 // --- arguments --------------------------------------------------------------------------------------------------
 
 template <class T>

@@ -148,9 +148,9 @@ FASTLLM_DEVICE Slope<Acc<T> > slope_of(const Rows<T>& r, const Row<T>& row, Acc<
   s.max = max;
   s.inverse_sum = inverse_sum;
   s.truth = truth_of(r, row);
-  s.rest = mass + 2 * r.z_scale * (max + log_sum);
+  s.rest = mass + (r.z_scale == 0 ? A(0) : r.z_scale * (2 * (max + log_sum)));  // infinite where the definition's is
   s.scale = incoming_of(r, row.index);
-  if (r.divisor != nullptr) s.scale /= load(r.divisor);
+  if (r.divisor != nullptr) s.scale = over_divisor(s.scale, load(r.divisor));
   s.factor = (s.truth + s.rest) * inverse_sum * s.scale;
   return s;
 }

@@ -3,8 +3,8 @@
 // Both stay on the device, where the next kernel reads them: nothing waits for the host. Up to 16384 rows are summed by
 // one block, more by a block each, whose sums are then added in order: the same bits every time. In float64, for a sum
 // of so few numbers costs nothing.
-#include "common.cuh"
 #include "cross_entropy.h"
+#include "cross_entropy_rows.cuh"
 
 namespace fastllm::cuda {
 namespace {
@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kThreads)
   if (gridDim.x > 1)
     store(partial + blockIdx.x, sum);
   else
-    store(output, narrow<T>(static_cast<A>(divisor != nullptr ? sum / load(divisor) : sum)));
+    store(output,
+          narrow<T>(static_cast<A>(divisor != nullptr ? over_divisor(sum, static_cast<double>(load(divisor))) : sum)));
 }
 
 template <class Term, class A, class T>

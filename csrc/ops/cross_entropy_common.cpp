@@ -182,9 +182,9 @@ Tensor RowLoss::reduced(const Tensor& loss, at::ScalarType dtype) const {
     const scalar_t* rows = loss.const_data_ptr<scalar_t>();
     for (int64_t i = 0; i < loss.numel(); ++i) sum += rows[i];
   });
-  if (dtype != at::kFloat) return at::full({}, sum / divisor_, at::TensorOptions().dtype(dtype));
+  if (dtype != at::kFloat) return at::full({}, reduced(sum), at::TensorOptions().dtype(dtype));
   const Tensor result = pool::empty({}, dtype);
-  *result.mutable_data_ptr<float>() = static_cast<float>(sum / divisor_);
+  *result.mutable_data_ptr<float>() = static_cast<float>(reduced(sum));
   return result;
 }
 

@@ -1,5 +1,7 @@
 // What cross_entropy and linear_cross_entropy share: options, argument checks, the definition, the call of the kernel.
 #pragma once
+#include <limits>
+
 #include "../cpu/cross_entropy.h"
 #include "../cpu/linear_cross_entropy.h"
 #include "../cpu/parallel.h"
@@ -53,8 +55,9 @@ class RowLoss {
   bool is_skinny() const;
   void describe(cpu::SkinnyLoss* loss) const;
 
-  // 1 for `sum` and `none`; for `mean` the count of rows or the sum of their weights.
-  double divisor() const { return divisor_; }
+  // For `mean` x over the count of rows or the sum of their weights: NaN where that is 0, for the definition then
+  // divides 0 by 0 in one of its terms; else x.
+  double reduced(double x) const { return divisor_ == 0 ? std::numeric_limits<double>::quiet_NaN() : x / divisor_; }
   // The reduced loss as a 0-dim tensor of `dtype`, or for `none` the rows' losses.
   at::Tensor reduced(const at::Tensor& loss, at::ScalarType dtype) const;
 

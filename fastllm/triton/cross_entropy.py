@@ -100,6 +100,18 @@ def _gradient(x, top, log_sum, pull, share, scale, slope):
 
 
 @triton.jit
+def _z_loss(lse, scale):
+    """scale lse^2, infinite where the definition's square is."""
+    return tl.where(scale == 0, 0.0, scale * (lse * lse))
+
+
+@triton.jit
+def _z_slope(lse, scale):
+    """Its derivative, infinite where the definition's is."""
+    return tl.where(scale == 0, 0.0, scale * (2 * lse))
+
+
+@triton.jit
 def _row_start(row, stride, base, classes, VEC: tl.constexpr):
     """Where a row starts, its items up to the first 16-byte boundary, and its whole groups of VEC."""
     start = row.to(tl.int64) * stride
@@ -161,13 +173,20 @@ def _write_zeros(grad_row, classes, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _over_divisor(x, divisor):
+    """x over the divisor of the mean: NaN for 0, where the definition divides 0 by 0 in one of its terms."""
+    d = tl.load(divisor)
+    return tl.where(d == 0, float("nan"), x / d)
+
+
+@triton.jit
 def _scale(incoming, incoming_stride, divisor, row, ACC: tl.constexpr):
     """Factor of a row's gradient: its incoming gradient over the divisor of the mean; a null pointer counts as 1."""
     scale = tl.full((), 1.0, ACC)
     if incoming is not None:
         scale = tl.load(incoming + row * incoming_stride).to(ACC)
     if divisor is not None:
-        scale = scale / tl.load(divisor)
+        scale = _over_divisor(scale, divisor)
     return scale
 
 
@@ -250,7 +269,7 @@ def _forward(
         if WEIGHTED:
             shares = tl.load(weight + y)
         value = shares * (top - z + log_sum)
-    tl.store(loss + row, value + lse_square_scale * lse * lse)
+    tl.store(loss + row, value + _z_loss(lse, lse_square_scale))
     tl.store(top_row + row, top)
     tl.store(log_sum_row + row, log_sum)
 
@@ -258,7 +277,7 @@ def _forward(
         # The gradient may overwrite the logits: not before every warp has read its own.
         tl.debug_barrier()
         scale = _scale(incoming, incoming_stride, divisor, row, ACC)
-        pull = shares + 2 * lse_square_scale * lse
+        pull = shares + _z_slope(lse, lse_square_scale)
         if ONE_TILE:
             share = _shares(columns, mask, q_row, weight, even, y_share, y, PROBABILITIES, WEIGHTED, SMOOTHED, ACC)
             slope = _slope(logits_row + columns, mask, softcap, SOFTCAP, ACC)
@@ -326,7 +345,7 @@ def _backward(
                 shares += smoothing
     top = tl.load(top_row + row)
     log_sum = tl.load(log_sum_row + row)
-    pull = shares + 2 * lse_square_scale * (top + log_sum)
+    pull = shares + _z_slope(top + log_sum, lse_square_scale)
     scale = _scale(incoming, incoming_stride, divisor, row, ACC)
     _write_gradient(
         logits_row, grad_row, q_row, weight, head, groups, classes, top, log_sum, pull, even, y_share, y, scale,
@@ -360,7 +379,7 @@ def _reduce(loss, divisor, output, rows, ACC: tl.constexpr, BLOCK: tl.constexpr)
         total += tl.load(loss + row, mask=row < rows, other=0.0)
     mean = tl.sum(total, 0)
     if divisor is not None:
-        mean = mean / tl.load(divisor)
+        mean = _over_divisor(mean, divisor)
     tl.store(output, mean.to(output.dtype.element_ty))
 
 
