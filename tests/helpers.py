@@ -89,6 +89,18 @@ def run_python(code: str, env: dict[str, str] | None = None, timeout: float = 30
     )
 
 
+def bytes_left(function: Callable) -> int:
+    """CPU memory, in bytes, that is allocated in ``function()`` and not freed while its result is held.
+
+    Memory of ``fastllm.memory``'s pool is not seen: tensors must be smaller than 512 KiB.
+    """
+    function()  # what a first call leaves for good
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        held = function()
+    del held
+    return sum(event.self_cpu_memory_usage for event in profile.events())
+
+
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "bincount", "_unique2", "unique_dim"}
 
 

@@ -1,12 +1,14 @@
 """What every operation promises, whatever it computes: derivatives, tracing, determinism, no side effects."""
 
+import contextlib
 import itertools
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import check_against_float64
-from operations import ALL, cases_of, plain_calls, small_cases
+from helpers import bytes_left, check_against_float64
+from operations import ALL, Case, cases_of, plain_calls, small_cases
 from torch.utils.checkpoint import checkpoint
 
 import fastllm
@@ -318,16 +320,145 @@ def test_channels_last_mse():
     assert g.stride() == x.stride()
 
 
-@pytest.mark.parametrize("op", ["mse_loss", "cross_entropy"])
-def test_saved_tensors_are_guarded(op):
-    """A change of an input in place between forward and backward is an error, not a wrong gradient."""
-    x = torch.randn(3, 4, requires_grad=True)
-    z = x * 1.0
-    loss = F.mse_loss(z, torch.zeros(3, 4)) if op == "mse_loss" else F.cross_entropy(z, torch.tensor([0, 1, 2]))
+def memory_cases(dtype):
+    """The small cases, logits that may be overwritten, and class probabilities that are differentiated."""
+    cases = small_cases(dtype)
+    x, q, y = torch.randn(3, 5, dtype=dtype), torch.softmax(torch.randn(3, 5, dtype=dtype), 1), torch.tensor([1, 4, 0])
+    for r in ("none", "mean"):
+        own = lambda a, r=r: F.cross_entropy(a.clone(), y, reduction=r, inplace_backward=True)  # noqa: E731
+        both = lambda a, b, r=r: F.cross_entropy(a, b, reduction=r)  # noqa: E731
+        cases.append(Case("cross_entropy", f"inplace-{r}", own, None, [x.clone().requires_grad_()]))
+        cases.append(Case("cross_entropy", f"both-{r}", both, None, [x.clone().requires_grad_(), q.requires_grad_()]))
+    return cases
+
+
+def one_backward(how, output, wanted):
+    incoming = torch.ones_like(output) if how == "of one" else torch.full_like(output, 1.5)
+    if how == "first input":
+        torch.autograd.grad(output, wanted[:1], incoming)
+    elif how == "last input":
+        torch.autograd.grad(output, wanted[-1:], incoming)
+    elif how == "create_graph":
+        torch.autograd.grad(output, wanted, incoming, create_graph=True, retain_graph=False)
+    elif how == "graph kept before":
+        torch.autograd.grad(output, wanted, incoming, retain_graph=True)
+        torch.autograd.grad(output, wanted, incoming)
+    else:
+        torch.autograd.grad(output, wanted, incoming)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("how", ["of one", "other", "first input", "last input", "create_graph", "graph kept before"])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_nothing_is_held_after_backward(op, how, dtype):
+    """An output that lives on after backward holds its own numbers: no gradient, statistics or saved tensor."""
+    for case in memory_cases(dtype):
+        if case.op != op or (how == "graph kept before" and "inplace" in case.name):
+            continue
+        wanted, own = differentiable(case), []
+
+        def step(case=case, wanted=wanted, own=own):
+            inputs = [a if a is None else a.clone() for a in case.inputs]  # which a node alone will hold
+            own[:] = [weakref.ref(a) for a in inputs if a is not None]
+            output = case.ours(*inputs)
+            one_backward(how, output, wanted)
+            return output
+
+        output = step()
+        assert bytes_left(step) == output.nbytes, case
+        output = step()
+        assert all(reference() is None for reference in own), case
+
+
+def test_every_node_has_the_name_of_its_operation():
+    """As the profiler and print(loss.grad_fn) show it."""
+    names = {}
+    for case in small_cases(torch.float32):
+        output = case.ours(*case.inputs)
+        node = output.grad_fn
+        while "fastllm" not in node.name():  # a view or a reshape after it
+            node = node.next_functions[0][0]
+        names.setdefault(case.op, set()).add(node.name())
+    assert set(names) == set(OPERATIONS)
+    for op, found in names.items():
+        assert len(found) == 1
+        assert op.replace("_", "") + "backward" in next(iter(found)).lower()
+    assert len(set.union(*names.values())) == len(OPERATIONS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("op", ["linear_relu", "relu_mlp", "linear_cross_entropy"])
+def test_biases_may_change_before_backward(op, reduction, dtype):
+    """Two forwards, a step of the biases, two backwards: the gradients of the biases that forward saw."""
+    torch.manual_seed(0)
+    x, w, v = (torch.randn(s).to(dtype).requires_grad_() for s in [(3, 4), (6, 4), (2, 6)])
+    b, c = torch.randn(6).to(dtype).requires_grad_(), torch.randn(2).to(dtype).requires_grad_()
+    y = torch.tensor([1, 5, 0])
+    call, leaves = {
+        "linear_relu": (lambda: F.linear_relu(x, w, b), [x, w, b]),
+        "relu_mlp": (lambda: F.relu_mlp(x, w, b, v, c), [x, w, b, v, c]),
+        "linear_cross_entropy": (
+            lambda: F.linear_cross_entropy(x, w, y, linear_bias=b, reduction=reduction),
+            [x, w, b],
+        ),
+    }[op]
+    expected = torch.autograd.grad(call().sum() * 1.5, leaves)
+    outputs = [call(), call()]
     with torch.no_grad():
-        z.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        b.sub_(7.0)
+        c.sub_(7.0)
+    for output in outputs:
+        for a, e in zip(torch.autograd.grad(output.sum() * 1.5, leaves), expected, strict=True):
+            assert torch.equal(a, e)
+
+
+# Inputs that backward reads again where PyTorch has saved results of the logits' size instead: to change them in place
+# before is an error, never a wrong gradient. Their positions, for which incoming gradients, and in which cases.
+READ_AGAIN = {
+    "cross_entropy": ([0], "other", lambda name: True),
+    "mse_loss": ([0, 1], "other", lambda name: name == "weight"),
+    "linear_cross_entropy": ([0, 1], "any", lambda name: name == "none"),
+}
+
+
+def is_read_again(case, position, incoming):
+    positions, when, which = READ_AGAIN.get(case.op, ([], "any", lambda name: False))
+    reads = when == "any" or incoming != 1 or case.name.endswith("none")
+    return position in positions and which(case.name) and reads
+
+
+@pytest.mark.parametrize("incoming", [1, 1.5])
+@pytest.mark.parametrize("case", SMALL, ids=repr)
+def test_inputs_changed_in_place_before_backward(case, incoming):
+    """Whichever inputs are frozen and whichever is changed: gradients where PyTorch has them, else those or an error."""
+    index = [i for i, a in enumerate(case.inputs) if a is not None]
+    for kept in itertools.chain.from_iterable(itertools.combinations(index, n) for n in range(1, len(index) + 1)):
+        for changed in [None, *index]:
+            results = []
+            for backend in ("eager", None):
+                inputs = [
+                    a if a is None else a.detach().clone().requires_grad_(i in kept) for i, a in enumerate(case.inputs)
+                ]
+                with fastllm.use_backend(backend) if backend else contextlib.nullcontext():
+                    output = case.ours(*inputs)
+                    if changed is not None:
+                        with torch.no_grad():
+                            inputs[changed].add_(1.0)
+                    try:
+                        wanted = [inputs[i] for i in kept]
+                        results.append(torch.autograd.grad(output, wanted, torch.full_like(output, incoming)))
+                    except RuntimeError as error:
+                        assert "modified by an inplace operation" in str(error), (kept, changed, backend)
+                        results.append(None)
+            theirs, ours = results
+            if changed is None:
+                right = theirs
+            if ours is None:
+                assert theirs is None or is_read_again(case, changed, incoming), (kept, changed)
+                continue
+            for a, b in zip(ours, right, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -32,7 +32,8 @@ bool take(PyObject* from, int64_t* to) {
   if (!PyLong_CheckExact(from)) return false;
   int overflow = 0;
   *to = PyLong_AsLongLongAndOverflow(from, &overflow);
-  return overflow == 0;
+  TORCH_CHECK_VALUE(overflow == 0, "fastllm: an integer argument must fit in 64 bits");
+  return true;
 }
 bool take(PyObject* from, double* to) {
   if (!PyFloat_CheckExact(from)) return false;

@@ -44,6 +44,7 @@ inline const void* data(const Tensor& t) { return t.const_data_ptr(); }
 inline const void* data(const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
 
 inline bool defined(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 inline bool requires_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
 inline bool requires_grad(const OptionalTensor& t) { return t.has_value() && requires_grad(*t); }
 
@@ -69,16 +70,33 @@ inline double number_in(const Tensor& t) {
   }
 }
 
-// A gradient formed in forward, under the assumption that the incoming gradient is 1. The engine clones a gradient
-// that a node still holds, so it is moved out, unless the graph is kept for another backward.
-inline Tensor take_saved(AutogradContext* ctx, const char* name) {
-  auto it = ctx->saved_data.find(name);
-  TORCH_CHECK(it != ctx->saved_data.end(),
-              "Trying to backward through the graph a second time. Specify retain_graph=True if you need it.");
-  Tensor saved = it->second.toTensor();
-  if (torch::autograd::get_current_graph_task_keep_graph()) return saved.clone();
+// Whether an incoming gradient is known to be 1; that of a device is not waited for.
+inline bool is_one(const Tensor& g) { return g.is_cpu() && number_in(g) == 1.0; }
+
+// A tensor where it is needed, else the undefined one, which costs nothing to save.
+inline Tensor where_needed(bool needed, const Tensor& t) { return needed ? t : Tensor(); }
+
+// --- gradients formed in forward, for an incoming gradient of 1 --------------------------------------------------
+//
+// They lie in saved_data, so that backward finds them without unpacking the saved inputs, whose change in place is then
+// no error: nothing reads them. The engine releases saved inputs, but not saved_data: backward calls drop_formed.
+
+inline void keep_formed(AutogradContext* ctx, const char* name, const Tensor& grad) { ctx->saved_data[name] = grad; }
+inline bool has_formed(AutogradContext* ctx, const char* name) { return ctx->saved_data.count(name) != 0; }
+
+// The engine clones a gradient that a node still holds, so it is moved out, unless the graph is kept for another
+// backward.
+inline Tensor take_formed(AutogradContext* ctx, const char* name) {
+  const auto it = ctx->saved_data.find(name);
+  Tensor grad = it->second.toTensor();
+  if (torch::autograd::get_current_graph_task_keep_graph()) return grad.clone();
   ctx->saved_data.erase(it);
-  return saved;
+  return grad;
+}
+
+// At the end of a backward that did not take it.
+inline void drop_formed(AutogradContext* ctx, const char* name) {
+  if (!torch::autograd::get_current_graph_task_keep_graph()) ctx->saved_data.erase(name);
 }
 
 // Gradients that can themselves be differentiated (create_graph=True): the definition, in PyTorch's own differentiable

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor
   const Tensor loss = pool::empty({input.size(0)}, acc), softmax = pool::empty({2, input.size(0)}, acc);
   const bool with_grad = need_grad && reduction != kNone;
   const Tensor grad = with_grad ? pool::empty(input.sizes(), dtype) : pool::empty({0, 0}, dtype);
-  rows.forward(logits, 0, loss, softmax, with_grad ? grad : Tensor(), 1 / rows.divisor(), Tensor());
+  rows.forward(logits, 0, loss, softmax, with_grad ? grad : Tensor(), rows.reduced(1), Tensor());
   return {rows.reduced(loss, dtype), softmax, grad};
 }
 
@@ -39,7 +39,7 @@ void backward_into(const Tensor& grad_output, const Tensor& logits, const Tensor
   if (reduction == kNone)
     rows.backward(logits, 0, softmax, grad, 1, grad_output.to(softmax.scalar_type()).contiguous());
   else
-    rows.backward(logits, 0, softmax, grad, number_in(grad_output) / rows.divisor(), Tensor());
+    rows.backward(logits, 0, softmax, grad, rows.reduced(number_in(grad_output)), Tensor());
 }
 
 Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -98,24 +98,32 @@ auto plain_op(const char* name) {
 // gradient, a fake tensor, `none` or inplace_backward forms it in backward from the saved logits and their rows'
 // maximum and sum: never by scaling what was rounded before, which in float16 may have vanished. On a device nothing
 // waits for the incoming gradient's value: a kernel reads it there, and leaves the gradient as it is where it is 1.
-class Node : public torch::autograd::Function<Node> {
+class CrossEntropyBackward : public torch::autograd::Function<CrossEntropyBackward> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                         FASTLLM_CE_OPTIONS, bool inplace) {
     static const auto op = plain_op<decltype(forward_cpu)>("fastllm::cross_entropy_forward");
     at::AutoDispatchBelowADInplaceOrView below;
     backend::save(ctx);
-    const bool early = reduction != kNone && !inplace && input.requires_grad() && is_concrete(input, target);
+    const bool early = reduction != kNone && !inplace && input.requires_grad() && !target.requires_grad() &&
+                       is_concrete(input, target);
     auto [output, softmax, grad] =
         op.call(input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, early);
     ctx->save_for_backward({input, target, weight.value_or(Tensor()), softmax});
     save_options(ctx, {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)}, inplace);
-    if (early) ctx->saved_data["grad"] = grad;
+    if (early) keep_formed(ctx, "grad", grad);
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const backend::Restored restored(ctx);
+    const Tensor& g = grad_outputs[0];
+    variable_list grads(9);
+    const bool formed = has_formed(ctx, "grad") && is_concrete(g) && !at::GradMode::is_enabled();
+    if (formed && is_one(g)) {
+      grads[0] = take_formed(ctx, "grad");
+      return grads;
+    }
     int64_t inplace;
     const CrossEntropyOptions o = saved_options(ctx, &inplace);
     TORCH_CHECK(!ctx->saved_data.count("overwritten"),
@@ -123,20 +131,19 @@ class Node : public torch::autograd::Function<Node> {
                 "gradient; use inplace_backward=False to keep the graph");
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &target = saved[1], &softmax = saved[3];
-    const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
+    const OptionalTensor weight = optional(saved[2]);
     const std::optional<double> softcap = o.softcap == 0 ? std::nullopt : std::optional<double>(o.softcap);
     const bool need_input = ctx->needs_input_grad(0), need_target = ctx->needs_input_grad(1);
-    variable_list grads(9);
     if (at::GradMode::is_enabled() || need_target) {
       // Second derivatives, and the gradient of class probabilities: by the definition.
       const variable_list found =
           differentiate([&](const variable_list& a) { return cross_entropy_definition(a[0], a[1], weight, o); },
-                        {input, target}, {need_input, need_target}, grad_outputs[0]);
+                        {input, target}, {need_input, need_target}, g);
+      drop_formed(ctx, "grad");
       grads[0] = found[0];
       grads[1] = found[1];
       return grads;
     }
-    const Tensor& g = grad_outputs[0];
     if (inplace != 0 && is_concrete(input, g)) {
       static const auto op = plain_op<decltype(backward_inplace_cpu)>("fastllm::cross_entropy_backward_");
       const Tensor storage = input.detach();
@@ -148,14 +155,14 @@ class Node : public torch::autograd::Function<Node> {
       return grads;
     }
     at::AutoDispatchBelowADInplaceOrView below;
-    if (ctx->saved_data.count("grad") && is_concrete(g)) {
+    if (formed) {
       static const auto correct = plain_op<decltype(correct_cpu)>("fastllm::cross_entropy_correct_");
-      grads[0] = take_saved(ctx, "grad");
-      if (g.is_cpu() && number_in(g) == 1.0) return grads;
+      grads[0] = take_formed(ctx, "grad");
       correct.call(g, input, target, weight, softmax, o.reduction, o.ignore_index, o.label_smoothing,
                    o.lse_square_scale, softcap, grads[0]);
       return grads;
     }
+    drop_formed(ctx, "grad");
     static const auto op = plain_op<decltype(backward_cpu)>("fastllm::cross_entropy_backward");
     grads[0] = op.call(g, input, target, weight, softmax, o.reduction, o.ignore_index, o.label_smoothing,
                        o.lse_square_scale, softcap);
@@ -232,8 +239,8 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
     // In place only over rows that a kernel can walk: other layouts get a copy of their own to overwrite.
     const bool overwrite = inplace_backward && is_concrete(x);
     if (overwrite && !with_unit_stride(x).is_same(x)) x = x.contiguous();
-    output =
-        Node::apply(x, y, w, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, inplace_backward);
+    output = CrossEntropyBackward::apply(x, y, w, reduction, ignore_index, label_smoothing, lse_square_scale, softcap,
+                                         inplace_backward);
   } else {
     static const auto op = plain_op<decltype(forward_cpu)>("fastllm::cross_entropy_forward");
     at::AutoDispatchBelowADInplaceOrView below;

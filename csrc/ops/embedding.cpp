@@ -79,7 +79,7 @@ Tensor call_forward(const Tensor& weight, const Tensor& input) {
   return op.call(weight, input);
 }
 
-class Node : public torch::autograd::Function<Node> {
+class EmbeddingBackward : public torch::autograd::Function<EmbeddingBackward> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, int64_t padding_idx,
                         bool scale_grad_by_freq, bool sparse) {
@@ -98,6 +98,7 @@ class Node : public torch::autograd::Function<Node> {
     const c10::SymInt rows = ctx->saved_data["rows"].toSymInt();
     const int64_t padding_idx = ctx->saved_data["padding_idx"].toInt(), options = ctx->saved_data["options"].toInt();
     const bool by_frequency = (options & 1) != 0, sparse = (options & 2) != 0;
+    TORCH_CHECK(!(sparse && by_frequency), "embedding: scale_grad_by_freq is not supported for a sparse gradient");
     variable_list grads(5);
     if (at::GradMode::is_enabled() || sparse) {
       // Differentiable again, or sparse: PyTorch's own gradient. Its second derivative forgets the division by
@@ -131,10 +132,8 @@ Tensor embedding(const Tensor& input, const Tensor& weight, int64_t padding_idx,
   TORCH_CHECK_NOT_IMPLEMENTED(is_served_dtype(weight.scalar_type()),
                               "embedding: weight must be float32, float64, bfloat16 or float16, got ",
                               weight.scalar_type());
-  TORCH_CHECK(!(sparse && scale_grad_by_freq && at::GradMode::is_enabled() && weight.requires_grad()),
-              "embedding: scale_grad_by_freq is not supported for a sparse gradient");
   if (at::GradMode::is_enabled() && weight.requires_grad())
-    return Node::apply(input, weight, padding_idx, scale_grad_by_freq, sparse);
+    return EmbeddingBackward::apply(input, weight, padding_idx, scale_grad_by_freq, sparse);
   at::AutoDispatchBelowADInplaceOrView below;
   return call_forward(weight, input);
 }

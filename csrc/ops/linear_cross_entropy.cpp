@@ -220,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(const Tensor& input, cons
       checked_options("linear_cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap);
   const Tensor loss = pool::empty({input.size(0)}, acc_dtype(input.scalar_type()));
   Walk walk(input, linear_weight, target, linear_bias, weight, options, {need_input, need_weight, need_bias});
-  const Gradients g = walk.run(loss, 1 / walk.rows().divisor(), Tensor());
+  const Gradients g = walk.run(loss, walk.rows().reduced(1), Tensor());
   const auto or_none = [&](const Tensor& t) { return t.defined() ? t : pool::empty({0}, input.scalar_type()); };
   return {walk.rows().reduced(loss, loss.scalar_type()), or_none(g.input), or_none(g.weight), or_none(g.bias)};
 }
@@ -235,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const
   const Tensor loss = pool::empty({input.size(0)}, acc_dtype(input.scalar_type()));
   Walk walk(input, linear_weight, target, linear_bias, weight, options, {need_input, need_weight, need_bias});
   const bool by_row = reduction == kNone;
-  const Gradients g = walk.run(loss, by_row ? 1 : number_in(grad_output) / walk.rows().divisor(),
+  const Gradients g = walk.run(loss, by_row ? 1 : walk.rows().reduced(number_in(grad_output)),
                                by_row ? grad_output.to(loss.scalar_type()).contiguous() : Tensor());
   const auto or_none = [&](const Tensor& t) { return t.defined() ? t : pool::empty({0}, input.scalar_type()); };
   return {or_none(g.input), or_none(g.weight), or_none(g.bias)};
@@ -288,9 +288,17 @@ Tensor definition(const variable_list& a, const OptionalTensor& weight, const Cr
   return loss.to(acc_dtype(loss.scalar_type()));
 }
 
-// Gradients are formed in the forward pass, for an incoming gradient of 1, and scaled if it is another. `none` and
-// float16, whose range a later scale could not bring back, walk the chunks again in backward.
-class Node : public torch::autograd::Function<Node> {
+// The bias of a graph from a copy of its numbers: its gradient goes where that of the bias itself would.
+Tensor in_graph(const Tensor& copy, size_t edge) {
+  Tensor alias = copy.detach();
+  torch::autograd::impl::set_gradient_edge(alias, torch::autograd::get_current_node()->next_edge(edge));
+  return alias;
+}
+
+// Gradients are formed in the forward pass, for an incoming gradient of 1, and scaled if it is another: only second
+// derivatives read the saved inputs. `none` and float16, whose range a later scale could not bring back, walk the
+// chunks again in backward; they save a copy of the bias, which an optimizer may change before.
+class LinearCrossEntropyBackward : public torch::autograd::Function<LinearCrossEntropyBackward> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                         const OptionalTensor& linear_bias, const OptionalTensor& weight, FASTLLM_LCE_OPTIONS) {
@@ -302,58 +310,76 @@ class Node : public torch::autograd::Function<Node> {
     auto [output, gi, gw, gb] =
         forward_op().call(input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
                           lse_square_scale, softcap, early && need_input, early && need_weight, early && need_bias);
-    ctx->save_for_backward({input, linear_weight, target, linear_bias.value_or(Tensor()), weight.value_or(Tensor())});
+    Tensor bias = linear_bias.value_or(Tensor());
+    if (!early && bias.defined()) bias = bias.clone();
+    ctx->save_for_backward({input, linear_weight, target, bias, weight.value_or(Tensor())});
     save_options(ctx, {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)},
                  early | need_input << 1 | need_weight << 2 | need_bias << 3);
-    if (early && need_input) ctx->saved_data["grad_input"] = gi;
-    if (early && need_weight) ctx->saved_data["grad_weight"] = gw;
-    if (early && need_bias) ctx->saved_data["grad_bias"] = gb;
+    if (early && need_input) keep_formed(ctx, kInput, gi);
+    if (early && need_weight) keep_formed(ctx, kWeight, gw);
+    if (early && need_bias) keep_formed(ctx, kBias, gb);
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const backend::Restored restored(ctx);
-    const variable_list saved = ctx->get_saved_variables();
     int64_t flags;
     const CrossEntropyOptions o = saved_options(ctx, &flags);
-    const bool early = (flags & 1) != 0, need_input = (flags & 2) != 0, need_weight = (flags & 4) != 0,
-               need_bias = (flags & 8) != 0;
-    const OptionalTensor bias = saved[3].defined() ? OptionalTensor(saved[3]) : std::nullopt;
-    const OptionalTensor weight = saved[4].defined() ? OptionalTensor(saved[4]) : std::nullopt;
+    const bool early = (flags & 1) != 0;
+    const bool need_input = (flags & 2) != 0 && ctx->needs_input_grad(0),
+               need_weight = (flags & 4) != 0 && ctx->needs_input_grad(1),
+               need_bias = (flags & 8) != 0 && ctx->needs_input_grad(3);
     const Tensor& g = grad_outputs[0];
     variable_list grads(10);
-    if (at::GradMode::is_enabled() || saved[2].requires_grad()) {
-      const variable_list found = differentiate([&](const variable_list& a) { return definition(a, weight, o); },
-                                                {saved[0], saved[1], saved[2], saved[3]},
-                                                {need_input, need_weight, saved[2].requires_grad(), need_bias}, g);
+    if (early && !at::GradMode::is_enabled() &&
+        (has_formed(ctx, kInput) || has_formed(ctx, kWeight) || has_formed(ctx, kBias))) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      if (need_input) grads[0] = scaled(ctx, kInput, g);
+      if (need_weight) grads[1] = scaled(ctx, kWeight, g);
+      if (need_bias) grads[3] = scaled(ctx, kBias, g);
+      drop(ctx);
+      return grads;
+    }
+    const variable_list saved = ctx->get_saved_variables();
+    const OptionalTensor weight = optional(saved[4]);
+    const bool need_target = ctx->needs_input_grad(2);
+    if (at::GradMode::is_enabled() || need_target) {
+      const Tensor bias = early || !need_bias ? saved[3] : in_graph(saved[3], 3);
+      const variable_list found =
+          differentiate([&](const variable_list& a) { return definition(a, weight, o); },
+                        {saved[0], saved[1], saved[2], bias}, {need_input, need_weight, need_target, need_bias}, g);
+      drop(ctx);
       std::copy(found.begin(), found.end(), grads.begin());
       return grads;
     }
     at::AutoDispatchBelowADInplaceOrView below;
-    if (early) {
-      if (need_input) grads[0] = scaled(ctx, "grad_input", g);
-      if (need_weight) grads[1] = scaled(ctx, "grad_weight", g);
-      if (need_bias) grads[3] = scaled(ctx, "grad_bias", g);
-      return grads;
-    }
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fastllm::linear_cross_entropy_backward", "")
                                .typed<decltype(backward_cpu)>();
     const auto [gi, gw, gb] =
-        op.call(g, saved[0], saved[1], saved[2], bias, weight, o.reduction, o.ignore_index, o.label_smoothing,
-                o.lse_square_scale, o.softcap == 0 ? std::nullopt : std::optional<double>(o.softcap), need_input,
-                need_weight, need_bias);
-    if (need_input) grads[0] = gi;
-    if (need_weight) grads[1] = gw;
-    if (need_bias) grads[3] = gb;
+        op.call(g, saved[0], saved[1], saved[2], optional(saved[3]), weight, o.reduction, o.ignore_index,
+                o.label_smoothing, o.lse_square_scale, o.softcap == 0 ? std::nullopt : std::optional<double>(o.softcap),
+                need_input, need_weight, need_bias);
+    grads[0] = where_needed(need_input, gi);
+    grads[1] = where_needed(need_weight, gw);
+    grads[3] = where_needed(need_bias, gb);
     return grads;
   }
 
  private:
+  static constexpr const char *kInput = "grad_input", *kWeight = "grad_weight", *kBias = "grad_bias";
+
+  static void drop(AutogradContext* ctx) {
+    for (const char* name : {kInput, kWeight, kBias}) drop_formed(ctx, name);
+  }
+
   static Tensor scaled(AutogradContext* ctx, const char* name, const Tensor& g) {
-    if (!is_concrete(g)) return (ctx->saved_data[name].toTensor() * g).to(ctx->saved_data[name].toTensor().dtype());
-    const Tensor grad = take_saved(ctx, name);
-    if (g.is_cpu() && number_in(g) == 1.0) return grad;
+    if (!is_concrete(g)) {
+      const Tensor grad = ctx->saved_data[name].toTensor();
+      return (grad * g).to(grad.dtype());
+    }
+    const Tensor grad = take_formed(ctx, name);
+    if (is_one(g)) return grad;
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fastllm::linear_cross_entropy_scale_", "")
                                .typed<decltype(scale_cpu)>();
@@ -407,8 +433,8 @@ Tensor linear_cross_entropy(const Tensor& input, const Tensor& linear_weight, co
                         {reduction, ignore_index, label_smoothing, lse_square_scale, softcap.value_or(0)});
   } else if (at::GradMode::is_enabled() &&
              (x.requires_grad() || linear_weight.requires_grad() || requires_grad(linear_bias) || y.requires_grad())) {
-    output = Node::apply(x, linear_weight, y, linear_bias, w, reduction, ignore_index, label_smoothing,
-                         lse_square_scale, softcap);
+    output = LinearCrossEntropyBackward::apply(x, linear_weight, y, linear_bias, w, reduction, ignore_index,
+                                               label_smoothing, lse_square_scale, softcap);
   } else {
     at::AutoDispatchBelowADInplaceOrView below;
     output = std::get<0>(forward_op().call(x, linear_weight, y, linear_bias, w, reduction, ignore_index,

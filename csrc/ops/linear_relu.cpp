@@ -16,12 +16,13 @@ Tensor forward_cpu(const Tensor& input, const Tensor& weight, const OptionalTens
   return linear_cpu(input, weight, bias, true);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& output, const Tensor& input,
-                                                const Tensor& weight, bool need_input, bool need_weight,
-                                                bool need_bias) {
+// input only for the gradient of weight, weight only for that of input.
+std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const Tensor& output,
+                                                const OptionalTensor& input, const OptionalTensor& weight,
+                                                bool need_input, bool need_weight, bool need_bias) {
   const MaskedGradient g = mask_gradient(grad_output, output, need_bias, false);
-  const auto none = [&] { return pool::empty({0}, input.scalar_type()); };
-  return {need_input ? product(g.dz, weight) : none(), need_weight ? product_of_turned(g.dz, input) : none(),
+  const auto none = [&] { return pool::empty({0}, output.scalar_type()); };
+  return {need_input ? product(g.dz, *weight) : none(), need_weight ? product_of_turned(g.dz, *input) : none(),
           need_bias ? g.bias : none()};
 }
 
@@ -29,13 +30,14 @@ Tensor forward_meta(const Tensor& input, const Tensor& weight, const OptionalTen
   return at::empty_symint({input.sym_size(0), weight.sym_size(0)}, input.options());
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_meta(const Tensor& grad_output, const Tensor& output, const Tensor& input,
-                                                 const Tensor& weight, bool need_input, bool need_weight,
-                                                 bool need_bias) {
-  const auto none = [&] { return at::empty({0}, input.options()); };
-  return {need_input ? at::empty_symint(input.sym_sizes(), input.options()) : none(),
-          need_weight ? at::empty_symint(weight.sym_sizes(), input.options()) : none(),
-          need_bias ? at::empty_symint({weight.sym_size(0)}, input.options()) : none()};
+std::tuple<Tensor, Tensor, Tensor> backward_meta(const Tensor& grad_output, const Tensor& output,
+                                                 const OptionalTensor& input, const OptionalTensor& weight,
+                                                 bool need_input, bool need_weight, bool need_bias) {
+  const auto none = [&] { return at::empty({0}, output.options()); };
+  const auto rows = output.sym_size(0), columns = output.sym_size(1);
+  return {need_input ? at::empty_symint({rows, weight->sym_size(1)}, output.options()) : none(),
+          need_weight ? at::empty_symint({columns, input->sym_size(1)}, output.options()) : none(),
+          need_bias ? at::empty_symint({columns}, output.options()) : none()};
 }
 
 Tensor call_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
@@ -46,34 +48,37 @@ Tensor call_forward(const Tensor& input, const Tensor& weight, const OptionalTen
 
 // --- autograd ---------------------------------------------------------------------------------------------------
 
-class Node : public torch::autograd::Function<Node> {
+// Saved are the output, whose sign is the mask, and what the gradients asked for read: as by PyTorch's linear and relu.
+class LinearReluBackward : public torch::autograd::Function<LinearReluBackward> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
     at::AutoDispatchBelowADInplaceOrView below;
     backend::save(ctx);
     const Tensor output = call_forward(input, weight, bias);
-    ctx->save_for_backward({input, weight, output, bias.value_or(Tensor())});
+    variable_list saved{where_needed(weight.requires_grad(), input), where_needed(input.requires_grad(), weight),
+                        output};
+    if (defined(bias)) saved.emplace_back();  // says that there is one, and so an edge for its gradient
+    ctx->save_for_backward(std::move(saved));
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const backend::Restored restored(ctx);
     const variable_list saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &weight = saved[1], &output = saved[2], &g = grad_outputs[0];
     const bool need_input = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1),
-               need_bias = saved[3].defined() && ctx->needs_input_grad(2);
+               need_bias = saved.size() == 4 && ctx->needs_input_grad(2);
     if (at::GradMode::is_enabled()) {
-      return differentiate(
-          [](const variable_list& a) {
-            return definition(a[0], a[1], a[2].defined() ? OptionalTensor(a[2]) : std::nullopt);
-          },
-          {saved[0], saved[1], saved[3]}, {need_input, need_weight, need_bias}, grad_outputs[0]);
+      // In PyTorch's operations, to be differentiated again. The mask has no derivative.
+      const Tensor dz = at::threshold_backward(g, output.detach(), 0);
+      return {need_input ? dz.mm(weight) : Tensor(), need_weight ? dz.t().mm(input) : Tensor(),
+              need_bias ? dz.sum(0) : Tensor()};
     }
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fastllm::linear_relu_backward", "")
                                .typed<decltype(backward_cpu)>();
-    const auto [gi, gw, gb] =
-        op.call(grad_outputs[0], saved[2], saved[0], saved[1], need_input, need_weight, need_bias);
-    return {need_input ? gi : Tensor(), need_weight ? gw : Tensor(), need_bias ? gb : Tensor()};
+    const auto [gi, gw, gb] = op.call(g, output, optional(input), optional(weight), need_input, need_weight, need_bias);
+    return {where_needed(need_input, gi), where_needed(need_weight, gw), where_needed(need_bias, gb)};
   }
 };
 
@@ -87,7 +92,7 @@ Tensor linear_relu(const Tensor& input, const Tensor& weight, const OptionalTens
   const Tensor rows = as_rows(input);
   Tensor output;
   if (at::GradMode::is_enabled() && (rows.requires_grad() || weight.requires_grad() || requires_grad(bias))) {
-    output = Node::apply(rows, weight, bias);
+    output = LinearReluBackward::apply(rows, weight, bias);
   } else {
     at::AutoDispatchBelowADInplaceOrView below;
     output = call_forward(rows, weight, bias);
@@ -119,7 +124,7 @@ TORCH_LIBRARY_FRAGMENT(fastllm, m) {
   m.def("linear_relu(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_relu_forward(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
-      "linear_relu_backward(Tensor grad_output, Tensor output, Tensor input, Tensor weight, bool need_input, bool "
+      "linear_relu_backward(Tensor grad_output, Tensor output, Tensor? input, Tensor? weight, bool need_input, bool "
       "need_weight, bool need_bias) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 TORCH_LIBRARY_IMPL(fastllm, CompositeExplicitAutograd, m) { m.impl("linear_relu", linear_relu); }

@@ -113,7 +113,7 @@ void call_correct(const Tensor& grad_output, const Tensor& input, const Tensor& 
 // Under `mean` and `sum` the gradient is formed in the forward pass, for an incoming gradient of 1; another incoming
 // gradient, a fake tensor or `none` computes it in backward from the saved inputs. On a device a kernel reads the
 // incoming gradient there, and leaves the gradient as it is where it is 1.
-class Node : public torch::autograd::Function<Node> {
+class MseLossBackward : public torch::autograd::Function<MseLossBackward> {
  public:
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                         int64_t reduction) {
@@ -123,32 +123,40 @@ class Node : public torch::autograd::Function<Node> {
     auto [output, grad] = call_forward(input, target, weight, reduction, early);
     ctx->save_for_backward({input, target, weight.value_or(Tensor())});
     ctx->saved_data["reduction"] = reduction;
-    if (early) ctx->saved_data["grad"] = grad;
+    if (early) keep_formed(ctx, "grad", grad);
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const backend::Restored restored(ctx);
+    const Tensor& g = grad_outputs[0];
+    const bool need_input = ctx->needs_input_grad(0), need_target = ctx->needs_input_grad(1);
+    const auto both = [&](const Tensor& grad) -> variable_list {
+      return {need_input ? grad : Tensor(), need_target ? grad.neg() : Tensor(), Tensor(), Tensor()};
+    };
+    const bool formed = has_formed(ctx, "grad") && is_concrete(g) && !at::GradMode::is_enabled();
+    if (formed && is_one(g)) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      return both(take_formed(ctx, "grad"));
+    }
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &target = saved[1];
-    const OptionalTensor weight = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
+    const OptionalTensor weight = optional(saved[2]);
     const int64_t reduction = ctx->saved_data["reduction"].toInt();
-    const bool need_input = ctx->needs_input_grad(0), need_target = ctx->needs_input_grad(1);
     if (at::GradMode::is_enabled()) {
       auto grads = differentiate([&](const variable_list& a) { return definition(a[0], a[1], weight, reduction); },
-                                 {input, target}, {need_input, need_target}, grad_outputs[0]);
+                                 {input, target}, {need_input, need_target}, g);
+      drop_formed(ctx, "grad");
       return {grads[0], grads[1], Tensor(), Tensor()};
     }
-    const Tensor& g = grad_outputs[0];
-    Tensor grad;
     at::AutoDispatchBelowADInplaceOrView below;
-    if (ctx->saved_data.count("grad") && is_concrete(g)) {
-      grad = take_saved(ctx, "grad");
-      call_correct(g, input, target, weight, reduction, grad);
-    } else {
-      grad = call_backward(g, input, target, weight, reduction);
+    if (!formed) {
+      drop_formed(ctx, "grad");
+      return both(call_backward(g, input, target, weight, reduction));
     }
-    return {need_input ? grad : Tensor(), need_target ? grad.neg() : Tensor(), Tensor(), Tensor()};
+    const Tensor grad = take_formed(ctx, "grad");
+    call_correct(g, input, target, weight, reduction, grad);
+    return both(grad);
   }
 };
 
@@ -183,7 +191,8 @@ Tensor mse_loss(const Tensor& input, const Tensor& target, const OptionalTensor&
     t = t.to(wide);
     w = weight->to(wide);
   }
-  if (at::GradMode::is_enabled() && (x.requires_grad() || t.requires_grad())) return Node::apply(x, t, w, reduction);
+  if (at::GradMode::is_enabled() && (x.requires_grad() || t.requires_grad()))
+    return MseLossBackward::apply(x, t, w, reduction);
   at::AutoDispatchBelowADInplaceOrView below;
   return std::get<0>(call_forward(x, t, w, reduction, false));
 }

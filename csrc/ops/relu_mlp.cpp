@@ -23,16 +23,17 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& weight
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients backward_cpu(const Tensor& grad_output, const Tensor& hidden, const Tensor& input, const Tensor& weight1,
-                       const Tensor& weight2, bool need_input, bool need_weight1, bool need_bias1, bool need_weight2,
-                       bool need_bias2) {
-  const auto none = [&] { return at::empty({0}, input.options()); };
+// Each of hidden, input, weight1 and weight2 only where a gradient asked for reads it.
+Gradients backward_cpu(const Tensor& grad_output, const OptionalTensor& hidden, const OptionalTensor& input,
+                       const OptionalTensor& weight1, const OptionalTensor& weight2, bool need_input, bool need_weight1,
+                       bool need_bias1, bool need_weight2, bool need_bias2) {
+  const auto none = [&] { return at::empty({0}, grad_output.options()); };
   const MaskedGradient outer = mask_gradient(grad_output, std::nullopt, need_bias2, false);
   MaskedGradient inner;
   if (need_input || need_weight1 || need_bias1)
-    inner = mask_gradient(product(outer.dz, weight2), hidden, need_bias1, true);
-  return {need_input ? product(inner.dz, weight1) : none(), need_weight1 ? product(inner.dz.t(), input) : none(),
-          need_bias1 ? inner.bias : none(), need_weight2 ? product(outer.dz.t(), hidden) : none(),
+    inner = mask_gradient(product(outer.dz, *weight2), hidden, need_bias1, true);
+  return {need_input ? product(inner.dz, *weight1) : none(), need_weight1 ? product(inner.dz.t(), *input) : none(),
+          need_bias1 ? inner.bias : none(), need_weight2 ? product(outer.dz.t(), *hidden) : none(),
           need_bias2 ? outer.bias : none()};
 }
 
@@ -42,15 +43,16 @@ std::tuple<Tensor, Tensor> forward_meta(const Tensor& input, const Tensor& weigh
           at::empty_symint({input.sym_size(0), weight1.sym_size(0)}, input.options())};
 }
 
-Gradients backward_meta(const Tensor& grad_output, const Tensor& hidden, const Tensor& input, const Tensor& weight1,
-                        const Tensor& weight2, bool need_input, bool need_weight1, bool need_bias1, bool need_weight2,
-                        bool need_bias2) {
-  const auto maybe = [&](bool need, c10::SymIntArrayRef sizes) {
-    return need ? at::empty_symint(sizes, input.options()) : at::empty({0}, input.options());
-  };
-  const std::vector<c10::SymInt> bias1{weight1.sym_size(0)}, bias2{weight2.sym_size(0)};
-  return {maybe(need_input, input.sym_sizes()), maybe(need_weight1, weight1.sym_sizes()), maybe(need_bias1, bias1),
-          maybe(need_weight2, weight2.sym_sizes()), maybe(need_bias2, bias2)};
+Gradients backward_meta(const Tensor& grad_output, const OptionalTensor& hidden, const OptionalTensor& input,
+                        const OptionalTensor& weight1, const OptionalTensor& weight2, bool need_input,
+                        bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2) {
+  const auto empty = [&](c10::SymIntArrayRef sizes) { return at::empty_symint(sizes, grad_output.options()); };
+  const auto none = [&] { return at::empty({0}, grad_output.options()); };
+  const auto rows = grad_output.sym_size(0), columns = grad_output.sym_size(1);
+  return {need_input ? empty({rows, weight1->sym_size(1)}) : none(),
+          need_weight1 ? empty({hidden->sym_size(1), input->sym_size(1)}) : none(),
+          need_bias1 ? empty({hidden->sym_size(1)}) : none(),
+          need_weight2 ? empty({columns, hidden->sym_size(1)}) : none(), need_bias2 ? empty({columns}) : none()};
 }
 
 std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
@@ -62,36 +64,65 @@ std::tuple<Tensor, Tensor> call_forward(const Tensor& input, const Tensor& weigh
 
 // --- autograd ---------------------------------------------------------------------------------------------------
 
-class Node : public torch::autograd::Function<Node> {
+// The hidden activation is an output of the node that no caller sees: a second derivative reaches the first layer by
+// its gradient, as it does in PyTorch's graph of single operations, and needs no bias for that.
+class ReluMlpBackward : public torch::autograd::Function<ReluMlpBackward> {
  public:
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
-                        const Tensor& weight2, const OptionalTensor& bias2) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight1,
+                               const OptionalTensor& bias1, const Tensor& weight2, const OptionalTensor& bias2) {
     at::AutoDispatchBelowADInplaceOrView below;
     backend::save(ctx);
+    ctx->set_materialize_grads(false);
     const auto [output, hidden] = call_forward(input, weight1, bias1, weight2, bias2);
-    ctx->save_for_backward({input, weight1, bias1.value_or(Tensor()), weight2, bias2.value_or(Tensor()), hidden});
-    return output;
+    const bool inner = input.requires_grad() || weight1.requires_grad() || requires_grad(bias1);
+    ctx->save_for_backward({where_needed(weight1.requires_grad(), input), where_needed(input.requires_grad(), weight1),
+                            where_needed(inner, weight2), where_needed(inner || weight2.requires_grad(), hidden)});
+    if (defined(bias1)) ctx->saved_data["bias1"] = true;
+    if (defined(bias2)) ctx->saved_data["bias2"] = true;
+    return {output, hidden};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const backend::Restored restored(ctx);
     const variable_list saved = ctx->get_saved_variables();
-    std::vector<bool> need(5);
+    const Tensor &input = saved[0], &weight1 = saved[1], &weight2 = saved[2], &hidden = saved[3];
+    const Tensor &g = grad_outputs[0], &g_hidden = grad_outputs[1];
     size_t edge = 0;  // an absent bias has no edge in the graph
-    for (size_t i = 0; i < 5; ++i) need[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
-    if (at::GradMode::is_enabled()) {
-      const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
-      return differentiate(
-          [&](const variable_list& a) { return definition(a[0], a[1], optional(a[2]), a[3], optional(a[4])); },
-          {saved.begin(), saved.begin() + 5}, need, grad_outputs[0]);
-    }
+    const auto needed = [&](bool is_there) { return is_there && ctx->needs_input_grad(edge++); };
+    const bool need_input = needed(true), need_weight1 = needed(true),
+               need_bias1 = needed(ctx->saved_data.count("bias1") != 0), need_weight2 = needed(true),
+               need_bias2 = needed(ctx->saved_data.count("bias2") != 0);
+    if (at::GradMode::is_enabled() || g_hidden.defined() || !g.defined())
+      return differentiable(g, g_hidden, input, weight1, weight2, hidden, need_input, need_weight1, need_bias1,
+                            need_weight2, need_bias2);
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fastllm::relu_mlp_backward", "")
                                .typed<decltype(backward_cpu)>();
     const auto [gi, gw1, gb1, gw2, gb2] =
-        op.call(grad_outputs[0], saved[5], saved[0], saved[1], saved[3], need[0], need[1], need[2], need[3], need[4]);
-    return {need[0] ? gi : Tensor(), need[1] ? gw1 : Tensor(), need[2] ? gb1 : Tensor(), need[3] ? gw2 : Tensor(),
-            need[4] ? gb2 : Tensor()};
+        op.call(g, optional(hidden), optional(input), optional(weight1), optional(weight2), need_input, need_weight1,
+                need_bias1, need_weight2, need_bias2);
+    return {where_needed(need_input, gi), where_needed(need_weight1, gw1), where_needed(need_bias1, gb1),
+            where_needed(need_weight2, gw2), where_needed(need_bias2, gb2)};
+  }
+
+ private:
+  // In PyTorch's operations, to be differentiated again, and for a gradient of the hidden activation. The mask has no
+  // derivative.
+  static variable_list differentiable(const Tensor& g, const Tensor& g_hidden, const Tensor& input,
+                                      const Tensor& weight1, const Tensor& weight2, const Tensor& hidden,
+                                      bool need_input, bool need_weight1, bool need_bias1, bool need_weight2,
+                                      bool need_bias2) {
+    variable_list grads(5);
+    if (g.defined() && need_weight2) grads[3] = g.t().mm(hidden);
+    if (g.defined() && need_bias2) grads[4] = g.sum(0);
+    Tensor sum = g_hidden;
+    if (g.defined() && weight2.defined()) sum = sum.defined() ? sum + g.mm(weight2) : g.mm(weight2);
+    if (!sum.defined() || !(need_input || need_weight1 || need_bias1)) return grads;
+    const Tensor dz = at::threshold_backward(sum, hidden.detach(), 0);
+    if (need_input) grads[0] = dz.mm(weight1);
+    if (need_weight1) grads[1] = dz.t().mm(input);
+    if (need_bias1) grads[2] = dz.sum(0);
+    return grads;
   }
 };
 
@@ -113,7 +144,7 @@ Tensor relu_mlp(const Tensor& input, const Tensor& weight1, const OptionalTensor
   Tensor output;
   if (at::GradMode::is_enabled() && (rows.requires_grad() || weight1.requires_grad() || requires_grad(bias1) ||
                                      weight2.requires_grad() || requires_grad(bias2))) {
-    output = Node::apply(rows, weight1, bias1, weight2, bias2);
+    output = ReluMlpBackward::apply(rows, weight1, bias1, weight2, bias2)[0];
   } else {
     at::AutoDispatchBelowADInplaceOrView below;
     output = std::get<0>(call_forward(rows, weight1, bias1, weight2, bias2));
@@ -144,7 +175,7 @@ TORCH_LIBRARY_FRAGMENT(fastllm, m) {
       "relu_mlp_forward(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2) -> (Tensor output, "
       "Tensor hidden)");
   m.def(
-      "relu_mlp_backward(Tensor grad_output, Tensor hidden, Tensor input, Tensor weight1, Tensor weight2, bool "
+      "relu_mlp_backward(Tensor grad_output, Tensor? hidden, Tensor? input, Tensor? weight1, Tensor? weight2, bool "
       "need_input, bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2) -> (Tensor grad_input, "
       "Tensor "
       "grad_weight1, Tensor grad_bias1, Tensor grad_weight2, Tensor grad_bias2)");

@@ -84,6 +84,6 @@ def forward(input, weight, bias):
 def backward(grad_output, output, input, weight, need_input, need_weight, need_bias):
     """Gradients of input, weight and bias, each an empty tensor where it is not needed."""
     dz, grad_bias = masked(grad_output, output, need_bias)
-    grad_input = torch.mm(dz, weight) if need_input else input.new_empty(0)
-    grad_weight = torch.mm(dz.t(), input) if need_weight else input.new_empty(0)
+    grad_input = torch.mm(dz, weight) if need_input else output.new_empty(0)
+    grad_weight = torch.mm(dz.t(), input) if need_weight else output.new_empty(0)
     return grad_input, grad_weight, grad_bias

@@ -32,7 +32,7 @@ def _hidden_gradient(grad_output: Tensor, weight2: Tensor, hidden: Tensor, need_
 def backward(grad_output, hidden, input, weight1, weight2, need_input, need_weight1, need_bias1, need_weight2,
              need_bias2):  # fmt: skip
     """Gradients of input, weight1, bias1, weight2 and bias2, each an empty tensor where it is not needed."""
-    grad_input, grad_weight1, grad_bias1, grad_weight2, grad_bias2 = (input.new_empty(0) for _ in range(5))
+    grad_input, grad_weight1, grad_bias1, grad_weight2, grad_bias2 = (grad_output.new_empty(0) for _ in range(5))
     if need_input or need_weight1 or need_bias1:
         dz, grad_bias1 = _hidden_gradient(grad_output, weight2, hidden, need_bias1)
         if need_input:
@@ -42,5 +42,5 @@ def backward(grad_output, hidden, input, weight1, weight2, need_input, need_weig
     if need_weight2:
         grad_weight2 = torch.mm(grad_output.t(), hidden)
     if need_bias2:
-        grad_bias2 = grad_output.sum(0, dtype=ACCUMULATORS[input.dtype]).to(input.dtype)
+        grad_bias2 = grad_output.sum(0, dtype=ACCUMULATORS[grad_output.dtype]).to(grad_output.dtype)
     return grad_input, grad_weight1, grad_bias1, grad_weight2, grad_bias2

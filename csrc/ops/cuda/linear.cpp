@@ -164,12 +164,13 @@ Tensor linear_relu_forward(const Tensor& input, const Tensor& weight, const Opti
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_output, const Tensor& output,
-                                                        const Tensor& input, const Tensor& weight, bool need_input,
-                                                        bool need_weight, bool need_bias) {
-  const Call call("linear_relu_backward", input);
-  const Tensor none = call.none(input.scalar_type());
+                                                        const OptionalTensor& input, const OptionalTensor& weight,
+                                                        bool need_input, bool need_weight, bool need_bias) {
+  const Call call("linear_relu_backward", output);
+  const Tensor none = call.none(output.scalar_type());
   const Masked g = mask(call, grad_output, output, need_bias, false);
-  return {need_input ? product(call, g.dz, weight) : none, need_weight ? product(call, g.dz.t(), input) : none, g.sums};
+  return {need_input ? product(call, g.dz, *weight) : none, need_weight ? product(call, g.dz.t(), *input) : none,
+          g.sums};
 }
 
 // --- relu_mlp: input (M, K), weight1 (H, K), weight2 (N, H) -------------------------------------------------------
@@ -216,16 +217,17 @@ Masked hidden_gradient(const Call& call, const Tensor& grad_output, const Tensor
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Gradients relu_mlp_backward(const Tensor& grad_output, const Tensor& hidden, const Tensor& input, const Tensor& weight1,
-                            const Tensor& weight2, bool need_input, bool need_weight1, bool need_bias1,
-                            bool need_weight2, bool need_bias2) {
-  const Call call("relu_mlp_backward", input);
-  const Tensor none = call.none(input.scalar_type());
+Gradients relu_mlp_backward(const Tensor& grad_output, const OptionalTensor& hidden, const OptionalTensor& input,
+                            const OptionalTensor& weight1, const OptionalTensor& weight2, bool need_input,
+                            bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2) {
+  const Call call("relu_mlp_backward", grad_output);
+  const Tensor none = call.none(grad_output.scalar_type());
   Masked inner{none, none};
-  if (need_input || need_weight1 || need_bias1) inner = hidden_gradient(call, grad_output, weight2, hidden, need_bias1);
-  return {need_input ? product(call, inner.dz, weight1) : none,
-          need_weight1 ? product(call, inner.dz.t(), input) : none, inner.sums,
-          need_weight2 ? product(call, grad_output.t(), hidden) : none,
+  if (need_input || need_weight1 || need_bias1)
+    inner = hidden_gradient(call, grad_output, *weight2, *hidden, need_bias1);
+  return {need_input ? product(call, inner.dz, *weight1) : none,
+          need_weight1 ? product(call, inner.dz.t(), *input) : none, inner.sums,
+          need_weight2 ? product(call, grad_output.t(), *hidden) : none,
           mask(call, grad_output, std::nullopt, need_bias2, false).sums};
 }
 
