@@ -34,20 +34,16 @@ class Backend:
     name: str
     operations: frozenset[str]
     device_types: tuple[str, ...]  # empty: every device
-    dtypes: frozenset[torch.dtype]  # empty: every dtype
     missing: str | None  # why it cannot be used here, or None
 
     def refusal(self, op: str, tensor: torch.Tensor) -> str | None:
-        """Why this backend cannot serve ``op`` on ``tensor``, or None."""
+        """Why this backend cannot serve ``op`` on ``tensor``, or None. Dtypes are the operation's own to refuse."""
         if self.missing is not None:
             return self.missing
         if op not in self.operations:
             return f"it has no {op}"
         if self.device_types and tensor.device.type not in self.device_types:
             return f"it serves {' and '.join(self.device_types)} tensors, got one on {tensor.device}"
-        if self.dtypes and tensor.dtype not in self.dtypes:
-            names = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
-            return f"it serves {names}, got {str(tensor.dtype).removeprefix('torch.')}"
         return None
 
 
@@ -62,10 +58,10 @@ def _why_no_cuda() -> str | None:
 
 _ALL = frozenset(OPERATIONS)
 TABLE = {  # in the order in which "auto" asks them
-    "cpu": Backend("cpu", _ALL, ("cpu",), DTYPES, _native.MISSING),
-    "cuda": Backend("cuda", _ALL, ("cuda",), DTYPES, _why_no_cuda()),
-    "triton": Backend("triton", _ALL, triton.DEVICE_TYPES, DTYPES, triton.why_missing()),
-    "eager": Backend("eager", _ALL, (), frozenset(), None),
+    "cpu": Backend("cpu", _ALL, ("cpu",), _native.MISSING),
+    "cuda": Backend("cuda", _ALL, ("cuda",), _why_no_cuda()),
+    "triton": Backend("triton", _ALL, triton.DEVICE_TYPES, triton.why_missing()),
+    "eager": Backend("eager", _ALL, (), None),
 }
 NAMES = ("auto", *TABLE)  # their numbers in csrc/ops/backend.h
 if TABLE["triton"].missing is None:

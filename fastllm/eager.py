@@ -1,8 +1,8 @@
 """The definition of every operation in plain PyTorch: what the kernels are tested against, and the fallback where no
 kernel serves a tensor. Differentiable any number of times, and by PyTorch's transforms.
 
-``inplace_backward`` has no counterpart here: it permits the kernels to overwrite the logits, and this backend leaves
-them as they are."""
+``inplace_backward`` has no counterpart here: it permits the kernels to overwrite the logits, which are checked for it
+under every backend (``functional``), and this backend leaves them as they are."""
 
 from __future__ import annotations
 

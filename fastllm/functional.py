@@ -11,6 +11,7 @@ Which backend computes a call: ``fastllm.backends``.
 from __future__ import annotations
 
 import numbers
+import operator
 import warnings
 
 import torch
@@ -26,7 +27,6 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _REDUCTION_NAMES = tuple(_REDUCTIONS)  # `in` compares: a reduction that has no hash is another value, not an error
 _ACCEPTED = {  # by PyTorch, for an argument of that type
     bool: (bool, torch.SymBool),
-    int: (numbers.Integral, torch.SymInt, Tensor),
     float: (numbers.Real, torch.SymInt, torch.SymFloat, Tensor),
 }
 
@@ -44,16 +44,46 @@ def _reduction_name(op: str, reduction: str, size_average: bool | None = None, r
 
 
 def _check_type(op: str, name: str, value: object, kind: type) -> None:
-    if not isinstance(value, _ACCEPTED[kind]) or (kind is int and isinstance(value, bool)):
+    if not isinstance(value, _ACCEPTED[kind]):
         raise TypeError(f"{op}: {name} must be {kind.__name__}, got {value!r} of type {type(value).__name__}")
 
 
-def _check_numbers(
-    op: str, ignore_index: int, label_smoothing: float, lse_square_scale: float, softcap: float | None
-) -> None:
+def _integer(op: str, name: str, value: object) -> int:
+    """An integer as PyTorch accepts one, or an object with ``__index__``, such as NumPy's integers and 0-dim arrays."""
+    if isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and torch.compiler.is_compiling()):
+        return value  # the compiled operation takes it: its value would end the trace
+    if not isinstance(value, bool) and not (isinstance(value, Tensor) and value.dtype is torch.bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{op}: {name} must be int, got {value!r} of type {type(value).__name__}")
+
+
+def _check_overwritable(input: Tensor) -> None:
+    """What PyTorch asks of a tensor that an operation changes in place, and its reasons: parameters keep their numbers.
+
+    Traced code overwrites nothing, and does not know views: there a leaf alone is found.
+    """
+    if not torch.is_grad_enabled() or not input.requires_grad:
+        return
+    wrong = None
+    if input.is_leaf:
+        wrong = "a leaf that requires a gradient"
+    elif not torch.compiler.is_compiling() and input._is_view():
+        if input._base.is_leaf:
+            wrong = "a view of a leaf that requires a gradient"
+        elif torch._C._autograd._get_creation_meta(input) != torch._C._autograd.CreationMeta.DEFAULT:
+            wrong = "one of several views made at once, or one made without gradients"
+    if wrong is not None:
+        raise RuntimeError(
+            f"cross_entropy: input must be logits of your own for inplace_backward=True, which overwrites them with "
+            f"their gradient, got {wrong}"
+        )
+
+
+def _check_numbers(op: str, label_smoothing: float, lse_square_scale: float, softcap: float | None) -> None:
     """The loss's options: their types, and the range of softcap, which PyTorch does not know."""
-    if type(ignore_index) is not int:
-        _check_type(op, "ignore_index", ignore_index, int)
     if type(label_smoothing) is not float:
         _check_type(op, "label_smoothing", label_smoothing, float)
     if type(lse_square_scale) is not float:
@@ -125,7 +155,7 @@ def embedding(
     Signature and semantics of :func:`torch.nn.functional.embedding`.
     """
     if padding_idx is not None and type(padding_idx) is not int:
-        _check_type("embedding", "padding_idx", padding_idx, int)
+        padding_idx = _integer("embedding", "padding_idx", padding_idx)
     if type(scale_grad_by_freq) is not bool or type(sparse) is not bool:
         _check_type("embedding", "scale_grad_by_freq", scale_grad_by_freq, bool)
         _check_type("embedding", "sparse", sparse, bool)
@@ -146,7 +176,7 @@ def embedding(
     if max_norm is not None:
         input = input.contiguous()
         with torch.no_grad():
-            torch.embedding_renorm_(weight, input, max_norm, norm_type)
+            torch.embedding_renorm_(weight.detach(), input, max_norm, norm_type)
     return operation(input, weight, padding_idx, scale_grad_by_freq, sparse)
 
 
@@ -313,9 +343,10 @@ def cross_entropy(
     softcap : float, optional
         Caps the logits (Gemma 2, arXiv:2408.00118).
     inplace_backward : bool
-        Let backward write the gradient over the logits' storage. The logits keep their values until then; a second
-        backward through them is a RuntimeError. Logits whose rows are not contiguous in memory are copied first.
-        The eager backend overwrites nothing.
+        Let backward write the gradient over the logits' storage, which must be an intermediate result: a leaf that
+        requires a gradient, or a view of one, is a RuntimeError, as for PyTorch's operations in place. The logits keep
+        their values until backward; a second backward through them is a RuntimeError. Logits whose rows are not
+        contiguous in memory are copied first. The eager backend and compiled graphs overwrite nothing.
 
     Returns
     -------
@@ -329,7 +360,8 @@ def cross_entropy(
     ValueError
         Another ``reduction``, batch sizes that do not match, ``softcap <= 0``.
     RuntimeError
-        Other shapes, dtypes or devices that do not match; ``label_smoothing`` outside ``[0, 1]``.
+        Other shapes, dtypes or devices that do not match; ``label_smoothing`` outside ``[0, 1]``;
+        ``inplace_backward`` for a leaf that requires a gradient, or a view of one.
 
     Notes
     -----
@@ -338,8 +370,12 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None or reduction not in _REDUCTION_NAMES:
         reduction = _reduction_name("cross_entropy", reduction, size_average, reduce)
-    _check_numbers("cross_entropy", ignore_index, label_smoothing, lse_square_scale, softcap)
+    if type(ignore_index) is not int:
+        ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
+    _check_numbers("cross_entropy", label_smoothing, lse_square_scale, softcap)
     operation = native("cross_entropy", input, target, weight)
+    if inplace_backward:
+        _check_overwritable(input)
     if operation is None:
         return eager.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing, lse_square_scale, softcap
@@ -412,7 +448,9 @@ def linear_cross_entropy(
         reduction = _reduction_name(op, reduction)
     if ignore_index is None:
         ignore_index = -100
-    _check_numbers(op, ignore_index, label_smoothing, lse_square_scale, softcap)
+    elif type(ignore_index) is not int:
+        ignore_index = _integer(op, "ignore_index", ignore_index)
+    _check_numbers(op, label_smoothing, lse_square_scale, softcap)
     if ignore_index != -100 and target.shape == (*input.shape[:-1], *linear_weight.shape[:-1]):
         raise RuntimeError(f"{op}: ignore_index must be None for class probabilities, got {ignore_index}")
     if linear_weight.dim() > 2:

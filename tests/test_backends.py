@@ -93,9 +93,8 @@ def test_environment_variable():
 
 def test_a_forced_backend_never_falls_back():
     with fastllm.use_backend("cpu"):
-        for bad, word in ((t.to("meta"), "meta"), (t.to(torch.complex64), "complex64"), (t.long(), "int64")):
-            with pytest.raises(RuntimeError, match=f"backend 'cpu' cannot serve.*{word}"):
-                F.linear_relu(bad, bad)
+        with pytest.raises(RuntimeError, match="backend 'cpu' cannot serve.*meta"):
+            F.linear_relu(t.to("meta"), t.to("meta"))
 
 
 def test_a_backend_that_the_environment_forces_is_refused_at_the_call():

@@ -173,7 +173,7 @@ def test_mixed_devices(op, position):
 
 @pytest.mark.filterwarnings("ignore")
 def test_bad_index_is_found_before_anything_is_written():
-    logits = torch.randn(3, 4, requires_grad=True)
+    logits = torch.randn(3, 4, requires_grad=True) * 1.0
     copy = logits.detach().clone()
     with pytest.raises(IndexError):
         F.cross_entropy(logits, torch.tensor([0, 1, 7]), inplace_backward=True)
@@ -191,6 +191,27 @@ def test_ignore_index_inside_and_outside_of_the_range():
         )
 
 
-def test_unserved_dtype_under_a_named_backend():
-    with fastllm.use_backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu' cannot serve.*complex64"):
-        F.linear_relu(torch.randn(3, 4, dtype=torch.complex64), torch.randn(6, 4, dtype=torch.complex64))
+SERVED = [name for name, backend in fastllm.backends.TABLE.items() if name != "eager" and not backend.missing]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool], ids=str)
+@pytest.mark.parametrize("op", fastllm.backends.OPERATIONS)
+@pytest.mark.parametrize("backend", SERVED)
+def test_unserved_dtype_under_a_named_backend(backend, op, dtype):
+    """The operation's own error, whichever backend was asked for."""
+    x, w, w2 = (torch.ones(s, dtype=dtype) for s in [(3, 4), (6, 4), (2, 6)])
+    arguments = {
+        "embedding": (ids, w),
+        "linear_relu": (x, w),
+        "relu_mlp": (x, w, None, w2, None),
+        "mse_loss": (x, x),
+        "cross_entropy": (x, ids),
+        "linear_cross_entropy": (x, w, ids),
+    }[op]
+    if x.device.type not in fastllm.backends.TABLE[backend].device_types:
+        pytest.skip(f"{backend} serves no {x.device.type} tensors here")
+    with (
+        fastllm.use_backend(backend),
+        pytest.raises(RuntimeError, match=f"^{op}: .* must be float32, float64, bfloat16"),
+    ):
+        getattr(F, op)(*arguments)

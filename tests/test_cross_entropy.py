@@ -1,12 +1,23 @@
 """cross_entropy against float64, every option and dtype."""
 
+import contextlib
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as TF
 from helpers import DTYPES, check_against_float64
 from operations import cases_of
 
+import fastllm
 import fastllm.functional as F
+from fastllm import eager
+
+
+def view_without_gradients(z):
+    with torch.no_grad():
+        view = z[:2]
+    return view.requires_grad_()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -37,6 +48,69 @@ def half_unit(dtype):
 
 
 INF = float("inf")
+
+
+def assert_same_pattern(ours, definition, x):
+    """Values and gradients are NaN, inf, -inf or finite in the same places, and equal where finite."""
+    incoming = None
+    results = []
+    for function in (ours, definition):
+        leaf = x.detach().clone().requires_grad_()
+        output = function(leaf)
+        incoming = (
+            torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+            if incoming is None
+            else incoming
+        )
+        grads = [
+            torch.autograd.grad(output, leaf, g, retain_graph=True)[0] for g in (torch.ones_like(output), incoming)
+        ]
+        results.append([output.detach(), *grads])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("targets", [[1, 3], [1, -100, 3], [-100, -100]], ids=str)
+@pytest.mark.parametrize("zeros", ["all", "at the targets"])
+def test_mean_over_weights_that_sum_to_zero(zeros, targets, dtype):
+    """0 over 0: NaN in the loss and in the gradient of counted rows, whatever is smoothed or added."""
+    y = torch.tensor(targets)
+    weight = torch.zeros(5, dtype=dtype) if zeros == "all" else torch.tensor([0.5, 0, 2, 0, 1], dtype=dtype)
+    x = torch.randn(len(targets), 5).to(dtype)
+    for smoothing, s, cap in itertools.product([0.0, 0.1, 1.0], [0.0, 0.25], [None, 2.0]):
+        arguments = (y, weight, -100, "mean", smoothing, s, cap)
+
+        def ours(z, w=weight, e=smoothing, s=s, cap=cap):
+            return F.cross_entropy(z, y, w, label_smoothing=e, lse_square_scale=s, softcap=cap)
+
+        assert_same_pattern(ours, lambda z, a=arguments: eager.cross_entropy(z, *a), x)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("s", [1.0, 0.25, 1e-4])
+@pytest.mark.parametrize(
+    "row",
+    [
+        [3e38, 0.0, 1.0, 2.0, 3.0],
+        [3e38, 3e38, -3e38, 0.0, 1.0],
+        [-3e38, -3e38, -3e38, -3e38, -3e38],
+        [-3e38, 3e38, 1e38, 2.9999999e38, 0.0],
+        [2e19, 1e19, 0.0, -2e19, 1.9e19],
+    ],
+    ids=str,
+)
+def test_z_loss_of_huge_logits(row, s, reduction):
+    """Infinite and NaN where the definition is: its square overflows from 1.8e19 on, the derivative from 1.7e38 on."""
+    x = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5], row])
+    for y in ([1, 2], [0, 0], [4, 1], [-100, 4]):
+        for smoothing in (0.0, 0.1):
+            arguments = (torch.tensor(y), None, -100, reduction, smoothing, s)
+
+            def ours(z, y=y, e=smoothing):
+                return F.cross_entropy(z, torch.tensor(y), reduction=reduction, label_smoothing=e, lse_square_scale=s)
+
+            assert_same_pattern(ours, lambda z, a=arguments: eager.cross_entropy(z, *a), x)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -140,7 +214,7 @@ def test_gradients_beyond_the_caches(dtype):
     y[::7] = torch.arange(48)  # near the beginning of rows of every alignment
     _, grad = gradient(F.cross_entropy, x, y, reduction="sum")
     again = x.clone().requires_grad_()
-    F.cross_entropy(again, y, reduction="sum", inplace_backward=True).backward()
+    F.cross_entropy(again.clone(), y, reduction="sum", inplace_backward=True).backward()
     for rows in torch.arange(331).split(50):
         p = torch.softmax(x[rows].double(), 1)
         p[torch.arange(len(rows)), y[rows]] -= 1
@@ -217,6 +291,77 @@ class TestInplaceBackward:
         both = [F.cross_entropy(logits, self.y, inplace_backward=True) for _ in range(2)]
         with pytest.raises(RuntimeError):
             (both[0] + both[1]).backward()
+
+    NOT_OWN = {
+        "parameter": lambda w: w,
+        "view": lambda w: w.view(3, 5),
+        "rows": lambda w: w[1:],
+        "one row": lambda w: w[0],
+        "reshape": lambda w: w.reshape(5, 3),
+        "transpose": lambda w: w.t(),
+        "expand": lambda w: w[:1].expand(3, 5),
+        "image": lambda w: w[None].transpose(1, 2),
+        "detached": lambda w: w.detach().requires_grad_(),
+        "view of detached": lambda w: w.detach().requires_grad_()[1:],
+        "data": lambda w: w.data.requires_grad_(),
+        "cast to its own dtype": lambda w: w.to(w.dtype),
+        "float": lambda w: w.float(),
+        "contiguous": lambda w: w.contiguous(),
+        "to": lambda w: w.to(w.device),
+        "view as itself": lambda w: w.view_as(w),
+        "unbind": lambda w: (w * 1.0).unbind(0)[1],
+        "split": lambda w: (w * 1.0).split(2)[0],
+        "chunk": lambda w: (w * 1.0).chunk(2)[0],
+        "view of a chunk": lambda w: (w * 1.0).chunk(2)[0][:1],
+        "view without gradients": lambda w: view_without_gradients(w * 1.0),
+    }
+
+    @pytest.mark.parametrize("backend", [None, "eager"])
+    @pytest.mark.parametrize("make", NOT_OWN)
+    def test_only_own_results_are_overwritten(self, make, backend):
+        """Where PyTorch refuses an operation in place, before anything is computed: even a bad target is not seen."""
+        w = torch.nn.Parameter(torch.randn(3, 5))
+        before = w.detach().clone()
+        logits = self.NOT_OWN[make](w)
+        with pytest.raises(RuntimeError, match=r"in-place|modified inplace"):
+            logits.mul_(1.0)
+        y = torch.full(logits.shape[:1] if logits.dim() == 2 else logits.shape[2:] if logits.dim() == 1 else (1, 3), 99)
+        with fastllm.use_backend(backend) if backend else contextlib.nullcontext():
+            with pytest.raises(
+                RuntimeError, match="^cross_entropy: input must be logits of your own for inplace_backward"
+            ):
+                F.cross_entropy(logits, y, inplace_backward=True)
+            with pytest.raises(RuntimeError, match="inplace_backward"):
+                F.cross_entropy(w, torch.softmax(torch.randn(3, 5), 1).double(), inplace_backward=True)  # w is cast
+        assert torch.equal(w, before) and w.grad is None and w._version == 0
+
+    @pytest.mark.parametrize(
+        "make",
+        [lambda z: z, lambda z: z.view(5, 3), lambda z: z[1:], lambda z: z.flatten().view(3, 5), lambda z: z[0]],
+        ids=["itself", "view", "rows", "two views", "one row"],
+    )
+    def test_own_results_and_their_views_are_overwritten(self, make):
+        x = torch.randn(3, 5, requires_grad=True)
+        logits = make(x * 2.0)
+        y = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+        F.cross_entropy(logits, y, inplace_backward=True).backward()
+        (expected,) = torch.autograd.grad(TF.cross_entropy(make(x * 2.0), y), x)
+        torch.testing.assert_close(x.grad, expected)
+
+    def test_traced_leaf_is_an_error(self):
+        torch._dynamo.reset()
+        step = torch.compile(lambda a: F.cross_entropy(a, self.y, inplace_backward=True), backend="aot_eager")
+        with pytest.raises(RuntimeError, match="logits of your own"):
+            step(torch.randn(3, 5, requires_grad=True))
+        step(torch.randn(3, 5, requires_grad=True) * 1.0).backward()
+
+    def test_operation_that_saved_its_result_notices(self):
+        """exp keeps its result for backward; the gradient written over it must not pass for that."""
+        x = torch.randn(3, 5, requires_grad=True)
+        for logits in (x.exp(), F.linear_relu(x, torch.randn(5, 5)), x.exp().view(5, 3)[:3]):
+            loss = F.cross_entropy(logits, self.y.clamp(max=2), inplace_backward=True)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
 
     def test_no_grad_leaves_the_logits_alone(self):
         logits = torch.randn(3, 5)

@@ -132,3 +132,44 @@ def test_large_table_few_ids():
     ids = torch.tensor([199_999, 0, 199_999])
     F.embedding(ids, weight).backward(torch.ones(3, 16))
     assert weight.grad.count_nonzero() == 32 and weight.grad[199_999].eq(2).all() and weight.grad[0].eq(1).all()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_frequencies_of_a_sparse_gradient_are_refused_in_backward(create_graph):
+    """As in PyTorch: forward is right, and whoever wants no gradient never hears of it."""
+    weight = torch.randn(5, 3, requires_grad=True)
+    ids = torch.tensor([1, 4, 1])
+    output = F.embedding(ids, weight, scale_grad_by_freq=True, sparse=True)
+    assert torch.equal(output, weight[ids])
+    with pytest.raises(RuntimeError, match="scale_grad_by_freq"):
+        torch.autograd.grad(output.sum(), weight, create_graph=create_graph)
+    with torch.no_grad():
+        assert torch.equal(F.embedding(ids, weight, scale_grad_by_freq=True, sparse=True), weight[ids])
+
+
+@pytest.mark.parametrize("factor", [0.01, 10.0], ids=["rows within the norm", "rows beyond it"])
+@pytest.mark.parametrize("kind", ["plain", "parameter", "intermediate", "inference", "view"])
+@pytest.mark.parametrize("inside", [False, True], ids=["", "inference_mode"])
+def test_max_norm_of_every_kind_of_table(factor, kind, inside):
+    """Wherever PyTorch rescales rows in place, so do we, with the same version and gradients."""
+    numbers, ids = factor * torch.randn(5, 3), torch.tensor([1, 4, 1])
+
+    def table():
+        if kind == "parameter":
+            return torch.nn.Parameter(numbers.clone())
+        if kind == "intermediate":
+            return numbers.clone().requires_grad_() * 1.0
+        if kind == "view":
+            return torch.cat([numbers, numbers]).requires_grad_()[:5]
+        with torch.inference_mode(kind == "inference"):
+            return numbers.clone()
+
+    results = []
+    for function in (F.embedding, TF.embedding):
+        weight = table()
+        with torch.inference_mode(inside):
+            output = function(ids, weight, max_norm=1.0)
+        grads = torch.autograd.grad(output.sum(), weight) if output.requires_grad else ()
+        results.append((output, weight.detach(), *grads, 0 if weight.is_inference() else weight._version))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)

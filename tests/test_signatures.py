@@ -157,6 +157,56 @@ def test_same_result_warning_or_exception_as_torch(op, arguments, options, backe
         torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+class Index:
+    def __index__(self):
+        return 1
+
+
+# Index objects, which PyTorch's embedding compares before it converts them, are accepted for all alike.
+INTEGERS = [
+    1, np.int64(1), np.int8(1), np.uint8(1), np.array(1), np.array(1, dtype=np.int16), torch.tensor(1), torch.tensor([1]),
+    np.array([1]), np.array(1.0), np.float32(1), torch.tensor(1.0), torch.tensor(1.0, requires_grad=True), torch.zeros(2).int(),
+    True, np.bool_(True), np.array(True), 1.0, "1", [1], 2**70, np.uint64(2**63),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", INTEGERS, ids=repr)
+def test_integers_as_torch_takes_them(value, backend):
+    with fastllm.use_backend(backend):
+        for name, ours, theirs in (
+            ("ignore_index", F.cross_entropy, TF.cross_entropy),
+            ("padding_idx", F.embedding, TF.embedding),
+            ("ignore_index", lambda x, y, **o: F.linear_cross_entropy(x, table, y, **o), _linear_cross_entropy),
+        ):
+            arguments = (y, table) if name == "padding_idx" else (x, y)
+            expected, _ = outcome(theirs, arguments, {name: value})
+            found, _ = outcome(ours, arguments, {name: value})
+            if isinstance(expected, Exception):
+                several = isinstance(value, torch.Tensor) and value.numel() > 1
+                kind = TypeError if several or isinstance(value, (str, list)) else type(expected)
+                assert type(found) is kind, (found, expected)
+            else:
+                torch.testing.assert_close(found, expected)
+
+
+def _linear_cross_entropy(x, y, **options):
+    return TF.cross_entropy(TF.linear(x, table), y, **options)
+
+
+def test_integers_of_objects_and_of_bool_tensors():
+    torch.testing.assert_close(F.cross_entropy(x, y, ignore_index=Index()), TF.cross_entropy(x, y, ignore_index=1))
+    weight = table.clone().requires_grad_()
+    F.embedding(y, weight, Index()).sum().backward()
+    assert weight.grad[1].count_nonzero() == 0
+    for name, call in (
+        ("ignore_index", lambda v: F.cross_entropy(x, y, ignore_index=v)),
+        ("padding_idx", lambda v: F.embedding(y, table, v)),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be int, got tensor.True. of type Tensor"):
+            call(torch.tensor(True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [0.0, -1.0, float("nan")])
 @pytest.mark.parametrize(("op", "arguments"), [("cross_entropy", (x, y)), ("linear_cross_entropy", (x, table, y))])
