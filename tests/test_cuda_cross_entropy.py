@@ -290,6 +290,13 @@ def test_bad_input(monkeypatch):
             message = rf"{op}: target must be in \[0, 5\) or ignore_index -100, got {bad} at position 1"
             with pytest.raises(IndexError, match=message):
                 call(torch.tensor([0, bad, 1]))
+    long, one = torch.empty(2**30 + 1, dtype=torch.bfloat16), torch.tensor([0])  # whose pages are never touched
+    with pytest.raises(
+        RuntimeError, match=r"^cross_entropy: the backend cuda serves at most 2\^30 classes, got 1073741825"
+    ):
+        F.cross_entropy(long[None], one)
+    with pytest.raises(RuntimeError, match=r"linear_cross_entropy: the backend cuda serves at most 2\^30 classes"):
+        F.linear_cross_entropy(long[:1, None], long[:, None], one)
     monkeypatch.setenv("FASTLLM_CUDA_STRATEGY", "cluster3")
     with pytest.raises(ValueError, match="FASTLLM_CUDA_STRATEGY: expected row, cluster2"):
         F.cross_entropy(x, torch.tensor([0, 1, 2]))

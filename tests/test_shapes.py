@@ -47,6 +47,15 @@ def test_long_inner_dimension(inner, dtype):
         )
 
 
+def test_workers_test_the_same_package():
+    """Of two builds side by side (one with a sanitizer, say) the one that this process has imported."""
+    import shapes
+
+    command = [sys.executable, shapes.__file__, "--worker", f"{BACKEND}:0:0:0"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines == [f"fastllm {fastllm.__file__}", "end"]
+
+
 @pytest.mark.skipif(BACKEND != "cpu", reason="host logic: once is enough")
 def test_a_crash_names_its_case(tmp_path):
     """A worker that dies by a signal is reported with its case, and the cases after it are run."""

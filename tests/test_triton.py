@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as TF
+from helpers import run_python
 
 import fastllm
 import fastllm.functional as F
@@ -89,6 +90,55 @@ def test_offsets_beyond_32_bits():
     table = far[: 2**31 + 2048].view(-1, 2048)
     table[-1].copy_(torch.randn(2048))
     assert torch.equal(F.embedding(torch.tensor([table.size(0) - 1]), table)[0], table[-1])
+
+
+def test_incoming_gradients_beyond_32_bits():
+    """Rows' incoming gradients more than 2^31 items apart; in a process of its own, which a wrong address would end."""
+    code = """
+import torch
+import fastllm
+import fastllm.functional as F
+far = torch.empty(2**31 + 3, dtype=torch.bfloat16)
+g = far.as_strided((3,), (2**30 + 1,))
+g.copy_(torch.tensor([1.0, -2.0, 3.0]))
+x, y = torch.randn(3, 5, dtype=torch.bfloat16, requires_grad=True), torch.tensor([3, 0, 4])
+with fastllm.use_backend("triton"):
+    loss = F.cross_entropy(x, y, reduction="none")
+    found, expected = (torch.autograd.grad(loss, x, v, retain_graph=True)[0] for v in (g, g.clone()))
+assert torch.equal(found, expected)
+print("checked")
+"""
+    result = run_python(code)
+    assert result.stdout.strip() == "checked", (result.returncode, result.stderr)
+
+
+def test_more_classes_than_are_counted():
+    long, one = torch.empty(2**30 + 1, dtype=torch.bfloat16), torch.tensor([0])  # whose pages are never touched
+    with pytest.raises(
+        RuntimeError, match=r"^cross_entropy: the backend triton serves at most 2\^30 classes, got 1073741825"
+    ):
+        F.cross_entropy(long[None], one)
+    with pytest.raises(RuntimeError, match=r"linear_cross_entropy: the backend triton serves at most 2\^30 classes"):
+        F.linear_cross_entropy(long[:1, None], long[:, None], one)
+
+
+def test_grids_of_many_columns(monkeypatch):
+    """CUDA takes 2^31 - 1 programs in the first dimension of a grid, and 65535 in the others."""
+    from fastllm.triton import linear_relu
+
+    grids = []
+    monkeypatch.setattr(linear_relu, "launch", lambda kernel, grid, *args, **options: grids.append(grid))
+    wide, one = torch.empty(3, 2**23, device="meta"), torch.empty(3, 1, device="meta")
+    linear_relu.linear(one, torch.empty(2**23, 1, device="meta"), None, relu=True)
+    linear_relu.masked(wide, wide, need_bias=True)
+    assert len(grids) == 2 and all(n <= 65535 for grid in grids for n in grid[1:])
+
+
+def test_rows_that_a_descriptor_takes():
+    from fastllm.triton.gemm import _describable
+
+    rows = torch.zeros(64).bfloat16().expand(8, 64)
+    assert _describable(rows.contiguous()) and not _describable(rows) and not _describable(rows[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

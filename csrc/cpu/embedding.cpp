@@ -209,7 +209,7 @@ int64_t find_chunk(const int64_t* chunks, int64_t n, int64_t first) {
 
 // First row of piece k of n pieces of about equal work: a row costs its own write and the reads of its positions.
 int64_t piece_begin(const EmbeddingGradient& g, int64_t k, int64_t n) {
-  const int64_t goal = (g.rows + g.count) / n * k;
+  const int64_t goal = (g.rows + g.count) * k / n;
   if (k == n) return g.rows;
   int64_t low = 0, high = g.rows;
   while (low < high) {

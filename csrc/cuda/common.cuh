@@ -1,5 +1,7 @@
 // Shared by all kernels: accumulators, reductions, tails of unaligned rows, the launch.
 #pragma once
+#include <limits>
+
 #include "primitives.cuh"
 
 namespace fastllm::cuda {
@@ -92,6 +94,7 @@ Status launch(void (*kernel)(Params...), const Shape& shape, [[maybe_unused]] St
   return cuda_host::run(shape.blocks, shape.threads, shape.shared, shape.cluster,
                         [&] { kernel(static_cast<Params>(args)...); });
 #else
+  if (shape.blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shape.shared > kWithoutAsking) {
     const cudaError_t status =

@@ -3,6 +3,8 @@
 
 namespace fastllm::cuda {
 
+constexpr int64_t kMostClasses = int64_t{1} << 30;  // columns are counted in 32 bits
+
 // Rows of logits and what is asked of them. "acc" is the accumulator of `dtype`; nothing here is on the host.
 //
 // With z the (softcapped) logits of a row, p their softmax, y its class, w the class weights, e the smoothing:
@@ -10,8 +12,8 @@ namespace fastllm::cuda {
 // and for class probabilities q: loss = sum_c w_c q'_c (lse - z_c) + s lse^2, q' = (1 - e) q + e/V.
 struct CrossEntropy {
   DType dtype;
-  int64_t rows, classes;
-  const void* logits;  // rows of `classes` items, `logits_stride` items apart
+  int64_t rows, classes;  // at most kMostClasses
+  const void* logits;     // rows of `classes` items, `logits_stride` items apart
   int64_t logits_stride;
   const void* target;  // (rows) class indices, int64 or int32
   bool target_is_int32;

@@ -21,6 +21,7 @@ from fastllm.triton.common import ACCUMULATORS, ASSERTING, check_indices, consta
 
 NONE, MEAN = 0, 1
 TILE_BYTES = 32768  # of one row in flight, at 16 warps; a row up to this size is read once
+MOST_CLASSES = 2**30  # columns are counted in 32 bits, up to a tile beyond the last
 
 
 @triton.jit
@@ -184,7 +185,7 @@ def _scale(incoming, incoming_stride, divisor, row, ACC: tl.constexpr):
     """Factor of a row's gradient: its incoming gradient over the divisor of the mean; a null pointer counts as 1."""
     scale = tl.full((), 1.0, ACC)
     if incoming is not None:
-        scale = tl.load(incoming + row * incoming_stride).to(ACC)
+        scale = tl.load(incoming + row.to(tl.int64) * incoming_stride).to(ACC)
     if divisor is not None:
         scale = _over_divisor(scale, divisor)
     return scale
@@ -388,6 +389,8 @@ class RowLoss:
 
     def __init__(self, op: str, dtype: torch.dtype, classes: int, target: Tensor, weight: Tensor | None,
                  reduction: int, ignore_index: int, smoothing: float, lse_square_scale: float, softcap: float | None):  # fmt: skip
+        if classes > MOST_CLASSES:
+            raise RuntimeError(f"{op}: the backend triton serves at most 2^30 classes, got {classes}")
         acc = ACCUMULATORS[dtype]
         self.acc, self.classes, self.reduction = acc, classes, reduction
         self.target = target.contiguous()

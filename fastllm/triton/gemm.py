@@ -139,6 +139,7 @@ def _name(device: torch.device) -> str:
 def _describable(tensor: Tensor) -> bool:
     return (
         tensor.stride(1) == 1
+        and tensor.stride(0) >= tensor.size(1)  # one row of an expanded tensor has stride 0
         and tensor.data_ptr() % 16 == 0
         and tensor.stride(0) * tensor.element_size() % 16 == 0
         and tensor.numel() > 0

@@ -22,8 +22,9 @@ ROWS, COLUMNS = 64, 64  # of a tile of the elementwise kernels
 @triton.jit(do_not_specialize=["rows"])
 def _bias_relu(y, bias, rows, columns, BIAS: tl.constexpr, RELU: tl.constexpr, ROWS: tl.constexpr,
                COLUMNS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    row = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     offsets = row[:, None] * columns + column[None, :]
     value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
@@ -37,9 +38,10 @@ def _bias_relu(y, bias, rows, columns, BIAS: tl.constexpr, RELU: tl.constexpr, R
 @triton.jit(do_not_specialize=["rows"])
 def _mask(dy, y, dz, partial, rows, columns, SUMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
           ACC: tl.constexpr):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64)
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    block = (tl.program_id(0) // column_tiles).to(tl.int64)
     row = block * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     offsets = row[:, None] * columns + column[None, :]
     d = tl.load(dy + offsets, mask=mask, other=0.0)
@@ -47,6 +49,11 @@ def _mask(dy, y, dz, partial, rows, columns, SUMS: tl.constexpr, ROWS: tl.conste
     tl.store(dz + offsets, d, mask=mask)
     if SUMS:
         tl.store(partial + block * columns + column, tl.sum(d.to(ACC), 0), mask=column < columns)
+
+
+def _grid(rows: int, columns: int) -> tuple[int]:
+    """Programs of a matrix's tiles, row by row, in one dimension: CUDA counts to 65535 in the others."""
+    return (triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS),)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
@@ -58,7 +65,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Te
         return torch.nn.functional.linear(input, weight, bias)
     y = torch.mm(input, weight.t())
     bias = None if bias is None else bias.contiguous()
-    launch(_bias_relu, (triton.cdiv(y.size(0), ROWS), triton.cdiv(y.size(1), COLUMNS)), y, y, bias, *y.shape,
+    launch(_bias_relu, _grid(*y.shape), y, y, bias, *y.shape,
            BIAS=bias is not None, RELU=True, ROWS=ROWS, COLUMNS=COLUMNS, ACC=constant(ACCUMULATORS[y.dtype]))  # fmt: skip
     return y
 
@@ -71,8 +78,8 @@ def masked(grad_output: Tensor, output: Tensor, need_bias: bool) -> tuple[Tensor
     dz = torch.empty_like(dy)
     blocks = triton.cdiv(rows, ROWS)
     partial = dy.new_empty(blocks, columns, dtype=acc) if need_bias else None
-    launch(_mask, (blocks, triton.cdiv(columns, COLUMNS)), dy, dy, y, dz, partial, rows, columns, SUMS=need_bias,
-           ROWS=ROWS, COLUMNS=COLUMNS, ACC=constant(acc))  # fmt: skip
+    launch(_mask, _grid(rows, columns), dy, dy, y, dz, partial, rows, columns, SUMS=need_bias, ROWS=ROWS,
+           COLUMNS=COLUMNS, ACC=constant(acc))  # fmt: skip
     return dz, partial.sum(0).to(dy.dtype) if need_bias else dy.new_empty(0)
 
 

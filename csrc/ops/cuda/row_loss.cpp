@@ -71,6 +71,7 @@ RowLoss::RowLoss(const Call& call, const char* op, at::ScalarType dtype, int64_t
       classes_(classes),
       probabilities_(target.is_floating_point()),
       target_(target.contiguous()) {
+  TORCH_CHECK(classes <= kMostClasses, op, ": the backend cuda serves at most 2^30 classes, got ", classes);
   const at::ScalarType acc = acc_dtype(dtype);
   dtype_ = dtype == at::kFloat      ? DType::kF32
            : dtype == at::kDouble   ? DType::kF64
