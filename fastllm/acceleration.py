@@ -310,7 +310,8 @@ class _Plan:
         if type(head) is nn.Linear and all(change.module() is not head for change in self.report._changes):
             self.change(head, LanguageModelHead)
         if not is_accelerated:
-            self.change(model, accelerated_class(type(model)), _fastllm_head=tuple(path.split(".")))
+            base = vars(type(model)).get("_fastllm_base", type(model))  # of a model made by an accelerated one's class
+            self.change(model, accelerated_class(base), _fastllm_head=tuple(path.split(".")))
         became = "its loss by linear_cross_entropy, without logits"
         self.replaced(head_name, f"{type(model).__name__}'s head", became, "linear_cross_entropy", head.weight)
 

@@ -21,7 +21,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INSTRUCTION_SETS = ("default", "avx2", "avx512")  # values of ATEN_CPU_CAPABILITY
 
 # CUDA kernels as fibers, Triton kernels interpreted: some thousand times slower than the kernels of the CPU.
-EMULATED = os.environ.get("FASTLLM_CUDA_HOST") == "1" or os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = os.environ.get("FASTLLM_CUDA_HOST") == "1" or INTERPRETED
 cpu_kernels = pytest.mark.skipif(EMULATED, reason="about the CPU's kernels: their caches, their threads, their cuts")
 
 # What is granted on top of twice PyTorch's error, relative to the size of the result.
