@@ -107,6 +107,13 @@ def sample(case: Case, function: Callable, clock: Clock, modes: tuple[str, ...])
     return {mode: found[mode] for mode in modes}
 
 
+def alone(function: Callable, clock: Clock) -> dict[str, float]:
+    """Seconds of a function without gradients."""
+    start = clock.start()
+    function()
+    return {"both": clock.seconds(start, clock.mark())}
+
+
 def summary(times: list[float]) -> dict[str, float]:
     """Minimum, median, 20th and 80th percentile, and how many there were."""
     t = sorted(times)
@@ -155,9 +162,12 @@ def measure(
     budget: float,
     modes: tuple[str, ...] = MODES,
 ) -> dict:
-    """Seconds of every variant by mode, in alternation; see ``alternate``."""
+    """Seconds of every variant by mode, and of the case's floor, in alternation; see ``alternate``."""
     clock, rotation = Clock(device), Rotation(case, device)
     timed = {name: (lambda f=function: sample(case, f, clock, modes)) for name, function in variants.items()}
+    if case.floor is not None:
+        floor = case.floor()
+        timed["floor"] = lambda: alone(floor, clock)
     result = alternate(timed, repeats, budget, rotation.turn)
     rotation.turn(0)
     prepare(case)

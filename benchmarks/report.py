@@ -69,6 +69,12 @@ def _worst(error: dict[str, float]) -> str:
     return f"{max(error.values()):.0e}"
 
 
+def _of_floor(case: dict) -> str:
+    """The rate that fastllm reaches, of its bare products' into memory that is there."""
+    value = ratio(case, "floor")
+    return "" if value is None else f"; {value:.2f} of the bare products"
+
+
 def _row(case: dict, report: dict, peers: list[str]) -> list[str]:
     start = [case["op"], case["shape"], case["dtype"]]
     why = trouble(case)
@@ -84,7 +90,7 @@ def _row(case: dict, report: dict, peers: list[str]) -> list[str]:
         "" if aim is None else f"{aim:g}" + ("" if value >= aim else " (missed)"),
         "" if warm is None else f"{warm:.2f}" + (" (loses)" if loses(warm) else ""),
         *(_peer(case, name) for name in peers),
-        f"{rate / 1e9:.3g} {unit}, {100 * rate / limit:.0f}%",
+        f"{rate / 1e9:.3g} {unit}, {100 * rate / limit:.0f}%" + _of_floor(case),
         " / ".join(f"{max(case['extra_peak'][n], 0) / 1e6:.0f}" for n in pairs) if "extra_peak" in case else "",
         " / ".join(_worst(case["error"][n]) for n in pairs) if "error" in case else "",
     ]

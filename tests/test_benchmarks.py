@@ -94,8 +94,10 @@ def test_losses_failures_and_missing_peers_are_lines():
 
     skipped = {k: v for k, v in result("slow", 1.0).items() if k != "seconds"} | {"skipped": "too slow"}
     lost = result("lost", 2.5, compile={"both": times(2.0)}, CCE={"failed": "no | GPU"})
-    text = report.details(results(result("won", 0.5), lost, result("broken", None), skipped))
-    assert "| **4.00** | 3 | 1.50 |" in text and "2 GB/s, 100%" in text
+    text = report.details(
+        results(result("won", 0.5, floor={"both": times(0.45)}), lost, result("broken", None), skipped)
+    )
+    assert "| **4.00** | 3 | 1.50 |" in text and "2 GB/s, 100%; 0.90 of the bare products |" in text
     assert "**0.80** (loses) | 3 (missed)" in text and "2000 (0.80, **loses**)" in text
     assert "failed: no / GPU" in text and "fastllm failed: why" in text and "skipped: too slow" in text
     assert "Not measured: Quack (not there)" in text
@@ -137,7 +139,7 @@ def test_run_chooses_cases_and_measures(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "results.json").read_text())
     fp32, bf16 = report["cases"]
     assert (fp32["dtype"], bf16["dtype"]) == ("fp32", "bf16") and "would take" in bf16["skipped"]
-    assert set(fp32["seconds"]) - {"CCE"} == {"eager", "fastllm", "torch's own"}
+    assert set(fp32["seconds"]) - {"CCE"} == {"eager", "fastllm", "torch's own", "floor"}
     for name in ("eager", "fastllm"):
         assert set(fp32["seconds"][name]) == set(harness.MODES)
         t = fp32["seconds"][name]["both"]

@@ -141,7 +141,8 @@ def test_few_features_special_logits(where, bias):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_chunks(dtype):
-    """Chunks of 64 rows, in a process of their own: the size is read once."""
+    """Chunks of at most 64 rows, in a process of their own: the size is read once. Few and very many classes, neither
+    in whole vectors: rows of logits are padded, and a wide product is cut into blocks of columns."""
     code = f"""
 import sys; sys.path.insert(0, {TESTS!r})
 import conftest
@@ -151,12 +152,12 @@ import fastllm.functional as F
 from fastllm import eager
 from helpers import check_against_float64
 torch.manual_seed(0)
-for n in (65, 128, 300):
+for n, classes in ((65, 900), (128, 900), (300, 900), (70, 16389)):
     for reduction in ("none", "mean", "sum"):
         x = torch.randn(n, 40).to({dtype}).requires_grad_()
-        w = (torch.randn(900, 40) / 5).to({dtype}).requires_grad_()
-        b = torch.randn(900).to({dtype}).requires_grad_()
-        y = torch.randint(0, 900, (n,)); y[3] = -100
+        w = (torch.randn(classes, 40) / 5).to({dtype}).requires_grad_()
+        b = torch.randn(classes).to({dtype}).requires_grad_()
+        y = torch.randint(0, classes, (n,)); y[3] = -100
         check_against_float64(
             lambda x, w, b: F.linear_cross_entropy(x, w, y, linear_bias=b, reduction=reduction),
             lambda x, w, b: TF.cross_entropy(TF.linear(x, w, b), y, reduction=reduction), [x, w, b])

@@ -1,5 +1,6 @@
 """What only the Triton backend has: the contract itself is tests/run.py's run of all kernel tests in the interpreter."""
 
+import importlib
 import importlib.util
 import os
 
@@ -10,7 +11,7 @@ from helpers import run_python
 
 import fastllm
 import fastllm.functional as F
-from fastllm import triton
+from fastllm import operations
 
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
@@ -40,7 +41,11 @@ def chosen():
 
 def test_every_plain_operation_has_a_launcher():
     schemas = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastllm_triton::")}
-    assert schemas == set(triton.LAUNCHERS)
+    assert schemas == {kernel.name for kernel in operations.KERNELS}
+    for operation in operations.OPERATIONS:
+        module = importlib.import_module(f"fastllm.triton.{operation.name}")
+        for kernel in operation.kernels:
+            assert callable(getattr(module, kernel.name.removeprefix(f"{operation.name}_")))
 
 
 def test_the_kernels_serve_the_call(monkeypatch):
@@ -52,7 +57,7 @@ def test_the_kernels_serve_the_call(monkeypatch):
     x = torch.randn(5, requires_grad=True)
     loss = F.mse_loss(x, torch.zeros(5))
     with fastllm.use_backend("cpu"):  # backward keeps the backend of its forward
-        loss.backward()
+        (2 * loss).backward()
     assert len(calls) == 3
     with fastllm.use_backend("cpu"):
         F.mse_loss(x, torch.zeros(5))

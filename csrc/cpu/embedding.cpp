@@ -91,17 +91,27 @@ void counting_sort(const Index* ids, int64_t count, int64_t rows, int64_t* start
   for (int64_t i = count; i-- > 0;) order[--starts[ids[i]]] = i;
 }
 
-constexpr int kTile = 4;  // vectors of a row summed at once, in registers
+// Vectors of a row summed at once, in registers: 128 bytes of the row with AVX2, so that 16-bit rows too are read in
+// pairs of cache lines.
+template <class T>
+constexpr int kTile = sizeof(T) == 2 ? 8 : 4;
 
-// Sum of grad_output's rows order[first .. last) in columns [c, c + kTile vectors), in the order of positions.
+// The sums of a tile. Those of a whole tile of bfloat16 lie in pairs of vectors, even items before odd ones, where that
+// unpacks faster; so do partial sums in memory.
+template <class T>
+using Tile = vec<acc_t<T>>[kTile<T>];
+
 template <class T, bool kWhole>
-FASTLLM_INLINE void sum_tile(const T* grad_output, const int64_t* order, int64_t first, int64_t last, int64_t features,
-                             int64_t c, int64_t width, vec<acc_t<T>>* sum) {
+FASTLLM_INLINE void add_tile(const T* from, int64_t width, Tile<T>& sum) {
   constexpr int w = lanes<T>;
-  for (int k = 0; k < kTile; ++k) sum[k] = vec<acc_t<T>>{};
-  for (int64_t p = first; p < last; ++p) {
-    const T* from = grad_output + order[p] * features + c;
-    for (int k = 0; k < kTile; ++k) {
+  if constexpr (kWhole && in_pairs<T>) {
+    for (int k = 0; k < kTile<T>; k += 2) {
+      const Pair pair = load_pair(from + k * w);
+      sum[k] += pair.even;
+      sum[k + 1] += pair.odd;
+    }
+  } else {
+    for (int k = 0; k < kTile<T>; ++k) {
       if (kWhole || (k + 1) * w <= width)
         sum[k] += load(from + k * w);
       else if (k * w < width)
@@ -110,45 +120,71 @@ FASTLLM_INLINE void sum_tile(const T* grad_output, const int64_t* order, int64_t
   }
 }
 
-// Calls f(column, vector, size) for the sum over positions [first, last) of `order`, vector by vector.
+// Calls f<whole>(column, sums, width) for each tile of the sum over positions [first, last) of `order`, added in their
+// order.
 template <class T, class F>
 FASTLLM_INLINE void sum_rows(const EmbeddingGradient& g, int64_t first, int64_t last, F f) {
-  constexpr int w = lanes<T>;
+  constexpr int64_t items = kTile<T> * lanes<T>;
   const T* grad_output = static_cast<const T*>(g.grad_output);
-  vec<acc_t<T>> sum[kTile];
-  for (int64_t c = 0; c < g.features; c += kTile * w) {
-    const int64_t width = g.features - c < kTile * w ? g.features - c : kTile * w;
-    if (width == kTile * w)
-      sum_tile<T, true>(grad_output, g.order, first, last, g.features, c, width, sum);
-    else
-      sum_tile<T, false>(grad_output, g.order, first, last, g.features, c, width, sum);
-    for (int k = 0; k * w < width; ++k) f(c + k * w, sum[k], width - k * w < w ? width - k * w : w);
-  }
+  const auto tile = [&]<bool kWhole>(int64_t c, int64_t width) __attribute__((always_inline)) {
+    Tile<T> sum = {};
+    for (int64_t p = first; p < last; ++p) {
+      const T* from = grad_output + g.order[p] * g.features + c;
+      // The row's next tile: rows lie anywhere, and to visit many at a time is no stream that the processor follows.
+      for (int64_t line = 0; line < items * static_cast<int64_t>(sizeof(T)); line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(from + items) + line);
+      add_tile<T, kWhole>(from, width, sum);
+    }
+    f.template operator()<kWhole>(c, sum, width);
+  };
+  int64_t c = 0;
+  for (; c + items <= g.features; c += items) tile.template operator()<true>(c, items);
+  if (c < g.features) tile.template operator()<false>(c, g.features - c);
 }
 
 template <class T>
 struct Row {
   T* to;
   bool streaming;
-  FASTLLM_INLINE void put(int64_t c, vec<acc_t<T>> v, int64_t size) const {
-    if (size < lanes<T>)
-      store_partial(to + c, v, size);
-    else if (streaming)
-      stream(to + c, v);
-    else
-      store(to + c, v);
+
+  template <bool kWhole>
+  FASTLLM_INLINE void put(int64_t c, const Tile<T>& sum, acc_t<T> scale, int64_t width) const {
+    constexpr int w = lanes<T>;
+    if constexpr (kWhole && in_pairs<T>) {
+      for (int k = 0; k < kTile<T>; k += 2) {
+        const vec_u32 bits = pack_pair({sum[k] * scale, sum[k + 1] * scale});
+        if (streaming)
+          stream_pair(to + c + k * w, bits);
+        else
+          std::memcpy(to + c + k * w, &bits, sizeof bits);
+      }
+    } else {
+      for (int k = 0; k < kTile<T>; ++k) {
+        const vec<acc_t<T>> v = sum[k] * scale;
+        if (!kWhole && (k + 1) * w > width) {
+          if (k * w < width) store_partial(to + c + k * w, v, width - k * w);
+        } else if (streaming) {
+          stream(to + c + k * w, v);
+        } else {
+          store(to + c + k * w, v);
+        }
+      }
+    }
   }
 };
 
+// Zero is the same bytes in every dtype: whole vectors of them.
 template <class T>
-void fill_zero(T* to, int64_t n, bool streaming) {
-  constexpr int w = lanes<T>;
-  int64_t i = 0;
-  if (streaming) {
-    while (i < n && !aligned(to + i, stream_alignment<T>)) to[i++] = from_acc<T>(0);
-    for (; i + w <= n; i += w) stream(to + i, vec<acc_t<T>>{});
+void fill_zero(T* items, int64_t n, bool streaming) {
+  constexpr int64_t w = kVectorBytes;
+  char* to = reinterpret_cast<char*>(items);
+  char* const end = reinterpret_cast<char*>(items + n);
+  if (streaming && end - to >= w) {
+    const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & (w - 1));
+    std::memset(to, 0, static_cast<size_t>(head));
+    for (to += head; to + w <= end; to += w) stream(reinterpret_cast<float*>(to), vec_f32{});
   }
-  std::memset(to + i, 0, static_cast<size_t>(n - i) * sizeof(T));
+  std::memset(to, 0, static_cast<size_t>(end - to));
 }
 
 int64_t chunks_of(int64_t count) { return (count + kEmbeddingChunk - 1) / kEmbeddingChunk; }
@@ -158,7 +194,7 @@ void write_row(const EmbeddingGradient& g, int64_t v, bool streaming, const acc_
   using A = acc_t<T>;
   constexpr int w = lanes<T>;
   T* to = static_cast<T*>(g.grad) + v * g.features;
-  const Row<T> row{to, streaming && aligned(to, stream_alignment<T>)};
+  const Row<T> row{to, streaming && aligned(to, in_pairs<T> ? kVectorBytes : stream_alignment<T>)};
   const int64_t first = g.starts[v], last = g.starts[v + 1];
   if (v == g.padding_idx) {
     fill_zero(to, g.features, streaming);
@@ -166,19 +202,25 @@ void write_row(const EmbeddingGradient& g, int64_t v, bool streaming, const acc_
   }
   const A scale = g.scale_by_frequency ? A(1) / static_cast<A>(last - first) : A(1);
   if (partial == nullptr) {
-    sum_rows<T>(g, first, last, [&](int64_t c, vec<A> v, int64_t size) { row.put(c, v * scale, size); });
+    sum_rows<T>(g, first, last, [&]<bool kWhole>(int64_t c, const Tile<T>& sum, int64_t width) {
+      row.template put<kWhole>(c, sum, scale, width);
+    });
     return;
   }
   const int64_t chunks = chunks_of(last - first);
-  for (int64_t c = 0; c < g.features; c += w) {
-    const int64_t size = g.features - c < w ? g.features - c : w;
-    vec<A> sum{};
-    for (int64_t k = 0; k < chunks; ++k) {
-      const A* p = partial + k * g.features + c;
-      sum += size == w ? load(p) : load_partial(p, size, A(0));
+  const auto tile = [&]<bool kWhole>(int64_t c, int64_t width) {
+    Tile<T> sum = {};
+    for (int64_t n = 0; n < chunks; ++n) {
+      const A* from = partial + n * g.features + c;
+      for (int k = 0; k * w < width; ++k)
+        sum[k] += kWhole || (k + 1) * w <= width ? load(from + k * w) : load_partial(from + k * w, width - k * w, A(0));
     }
-    row.put(c, sum * scale, size);
-  }
+    row.template put<kWhole>(c, sum, scale, width);
+  };
+  constexpr int64_t items = kTile<T> * w;
+  int64_t c = 0;
+  for (; c + items <= g.features; c += items) tile.template operator()<true>(c, items);
+  if (c < g.features) tile.template operator()<false>(c, g.features - c);
 }
 
 // Lists the chunks of frequent rows as pairs (first, last) of positions in `order`, ascending.
@@ -246,7 +288,9 @@ void write_few(EmbeddingGradient g) {
     }
     const acc_t<T> scale = g.scale_by_frequency ? acc_t<T>(1) / static_cast<acc_t<T>>(n) : acc_t<T>(1);
     const Row<T> row{grad + ids[i] * g.features, false};
-    sum_rows<T>(g, 0, n, [&](int64_t c, vec<acc_t<T>> v, int64_t size) { row.put(c, v * scale, size); });
+    sum_rows<T>(g, 0, n, [&]<bool kWhole>(int64_t c, const Tile<T>& sum, int64_t width) {
+      row.template put<kWhole>(c, sum, scale, width);
+    });
   }
 }
 
@@ -324,7 +368,12 @@ void backward(const EmbeddingGradient& g) {
   parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k)
       sum_rows<T>(g, g.chunks[2 * k], g.chunks[2 * k + 1],
-                  [&](int64_t c, vec<A> v, int64_t size) { store_partial(partial + k * g.features + c, v, size); });
+                  [&]<bool kWhole>(int64_t c, const Tile<T>& sum, int64_t width) {
+                    constexpr int w = lanes<T>;
+                    A* to = partial + k * g.features + c;
+                    for (int i = 0; i * w < width; ++i)
+                      store_partial(to + i * w, sum[i], width - i * w < w ? width - i * w : w);
+                  });
   });
   const bool streaming = g.rows * g.features * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
   const auto write = [&](int64_t begin, int64_t end) {

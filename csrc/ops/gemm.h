@@ -8,6 +8,9 @@ namespace fastllm {
 // rounding. Any strides; fastest where each operand is contiguous or the transpose of a contiguous matrix.
 void gemm_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, double beta = 0);
 
+// Items between the rows of a result of `columns` columns that gemm_out writes fastest: `columns`, or a few more.
+int64_t fast_row_stride(int64_t columns, at::ScalarType dtype);
+
 // Whether oneDNN multiplies bfloat16 matrices on this processor by more than emulation.
 bool onednn_serves_bf16();
 

@@ -22,7 +22,8 @@ namespace {
 
 // Most bytes of logits held at once: the smallest number that costs no speed. FASTLLM_LOSS_WORKSPACE sets another.
 constexpr int64_t kDefaultWorkspace = int64_t{80} << 20;
-constexpr int64_t kRowMultiple = 64;
+constexpr int64_t kRowMultiple = 64;  // of the largest chunk
+constexpr int64_t kEvenMultiple = 8;  // of chunks of even height: a low last one costs more than it saves
 
 int64_t workspace_limit() {
   static const int64_t limit = [] {
@@ -46,7 +47,7 @@ int64_t chunk_rows(int64_t rows, int64_t classes, int64_t features, int64_t item
   if (rows * row_bytes <= chunk * row_bytes + sum_bytes) return rows;
   const int64_t chunks = (rows + chunk - 1) / chunk;
   const int64_t even = (rows + chunks - 1) / chunks;
-  return std::min(chunk, (even + kRowMultiple - 1) / kRowMultiple * kRowMultiple);
+  return std::min(chunk, (even + kEvenMultiple - 1) / kEvenMultiple * kEvenMultiple);
 }
 
 struct Needs {
@@ -116,9 +117,12 @@ class Walk {
     };
     Gradients g;
     if (needs_.input) g.input = pool::empty(input_.sizes(), dtype);
-    const Tensor logits = pool::empty({chunk, classes}, dtype);
+    stride_ = fast_row_stride(classes, dtype);
+    if (bias_.defined() && stride_ != classes) bias_ = at::constant_pad_nd(bias_, {0, stride_ - classes});
+    const Tensor padded = pool::empty({chunk, stride_}, dtype);
+    const Tensor logits = stride_ == classes ? padded : padded.narrow(1, 0, classes);
     const Tensor softmax = pool::empty({2, chunk}, loss.scalar_type());
-    if (needs_.bias) bias_sums_ = pool::empty({n / cpu::kColumnBlock + n / (chunk + 1) + 2, classes}, acc_dtype(dtype));
+    if (needs_.bias) bias_sums_ = pool::empty({n / cpu::kColumnBlock + n / (chunk + 1) + 2, stride_}, acc_dtype(dtype));
     for (int64_t first = 0; first < n; first += chunk) {
       const Tensor x = part(input_, first), z = whole ? logits : logits.narrow(0, 0, x.size(0));
       compute_logits(x, z);
@@ -141,7 +145,7 @@ class Walk {
   void compute_logits(const Tensor& x, const Tensor& z) const {
     if (z.numel() == 0 || try_small_product(z, x, weight_.t(), bias_, false)) return;
     if (bias_.defined())
-      cpu::linear_relu().fill_rows(dtype_tag(z), z.mutable_data_ptr(), data(bias_), z.size(0), z.size(1));
+      cpu::linear_relu().fill_rows(dtype_tag(z), z.mutable_data_ptr(), data(bias_), z.size(0), stride_);
     gemm_out(z, x, weight_.t(), bias_.defined() ? 1 : 0);
   }
 
@@ -185,21 +189,22 @@ class Walk {
 
   void add_bias_gradient(const Tensor& dz) {
     char* to = static_cast<char*>(bias_sums_.mutable_data_ptr()) +
-               bias_blocks_ * dz.size(1) * static_cast<int64_t>(bias_sums_.element_size());
-    cpu::linear_relu().mask(dtype_tag(dz), data(dz), nullptr, nullptr, dz.size(0), dz.size(1), to);
+               bias_blocks_ * stride_ * static_cast<int64_t>(bias_sums_.element_size());
+    cpu::linear_relu().mask(dtype_tag(dz), data(dz), nullptr, nullptr, dz.size(0), stride_, to);
     bias_blocks_ += cpu::column_blocks(dz.size(0));
   }
 
   Tensor finished_bias() const {
-    const Tensor sum = at::empty({weight_.size(0)}, input_.options());
-    cpu::linear_relu().finish_sums(dtype_tag(sum), data(bias_sums_), bias_blocks_, sum.size(0), sum.mutable_data_ptr());
-    return sum;
+    const Tensor sum = at::empty({stride_}, input_.options());
+    cpu::linear_relu().finish_sums(dtype_tag(sum), data(bias_sums_), bias_blocks_, stride_, sum.mutable_data_ptr());
+    return stride_ == weight_.size(0) ? sum : sum.narrow(0, 0, weight_.size(0)).clone();
   }
 
   Tensor input_, weight_, bias_;
   RowLoss rows_;
   Needs needs_;
   Tensor weight_sum_, part_, bias_sums_;
+  int64_t stride_ = 0;  // items between rows of logits; what lies between is 0 where a bias is added, never read else
   int64_t bias_blocks_ = 0;
 };
 
