@@ -194,7 +194,6 @@ def _is_traced(op: str, tensor: object) -> bool:
 _told: set[str] = set()  # reasons of which there has been a warning
 
 
-@torch.compiler.assume_constant_result
 def _triton_refusal(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why Triton cannot serve ``op`` on a GPU, or None. It is tried once: what it lacks shows at a launch alone."""
     from fastllm.triton import probe
@@ -203,6 +202,10 @@ def _triton_refusal(op: str, dtype: torch.dtype, device: torch.device) -> str | 
     if reason is None and _native.extension is not None and probe.serves_every_device(device.type):
         _native.extension.set_served_devices(["cpu", device.type])  # from now on without a look from Python
     return reason
+
+
+# What torch.compiler.assume_constant_result sets; calling that imports the compiler, which takes seconds.
+_triton_refusal._dynamo_marked_constant = True
 
 
 def _accelerator_serves(op: str, tensor: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ of those in C++. ``FASTLLM_TEST_NATIVE=0`` hides the extension, as on a machine 
 
 import itertools
 import os
+import signal
 import sys
 import tempfile
 
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 NEIGHBOURS = 16  # tests of a file that stay together when tests are shared out
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if os.environ.get("FASTLLM_TEST_NATIVE") == "0":
     sys.modules["fastllm._build_info"] = None  # its import fails

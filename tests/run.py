@@ -243,6 +243,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes at a time")
     options, extra = parser.parse_known_args()
     signal.signal(signal.SIGTERM, interrupted)
+    signal.signal(signal.SIGINT, interrupted)  # also where the shell that started this ignores it
     start = time.monotonic()
     try:
         if options.sanitize:

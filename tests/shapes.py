@@ -228,7 +228,10 @@ def check(case: Drawn) -> None:
             made(rows, inner), made(classes, inner, scale=2 * max(inner, 1) ** -0.5),
             made(classes) if o["bias"] else None,
         ]  # fmt: skip
-    check_against_float64(ours, reference, inputs)
+    # Sums of random signs cancel: the bound grows with the root of their length, far below the size of one item. Of one
+    # class the gradient is 0 but for rounding.
+    slack = (4 + max(sizes, default=1) ** 0.5 / 8) * (100 if case.op.endswith("cross_entropy") and sizes[-1] < 2 else 1)
+    check_against_float64(ours, reference, inputs, factor=4, slack=slack)
     with torch.no_grad():
         again = ours(*inputs)
     output = ours(*inputs)

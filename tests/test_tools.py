@@ -109,6 +109,13 @@ def test_flops_of_modules():
     assert all("LinearReLU" in modules for _, modules in parents), parents
 
 
+def test_import_is_light():
+    """What takes seconds to import waits until it is used."""
+    code = "import sys, torch; before = set(sys.modules); import fastllm; print(*sorted(set(sys.modules) - before))"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert not [name for name in found if name in ("torch._dynamo", "torch._inductor", "triton", "transformers")]
+
+
 def test_formulas_wait_for_the_counter():
     """Importing fastllm does not import PyTorch's counter, and the counter finds the formulas whichever comes first."""
     code = """
