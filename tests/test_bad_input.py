@@ -193,7 +193,11 @@ def test_ignore_index_inside_and_outside_of_the_range():
         )
 
 
-SERVED = [name for name, backend in fastllm.backends.TABLE.items() if name != "eager" and not backend.missing]
+SERVED = [  # on the emulators in test-all only
+    pytest.param(name, marks=[] if name == "cpu" else pytest.mark.slow)
+    for name, backend in fastllm.backends.TABLE.items()
+    if name != "eager" and not backend.missing
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool], ids=str)

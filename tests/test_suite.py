@@ -19,8 +19,10 @@ import torch
 from helpers import DTYPES
 
 TESTS = Path(__file__).resolve().parent
-# test_gpu.py runs on a machine with a GPU (make gpu-check). Without Triton there is no job for its tests.
-ELSEWHERE = ("test_gpu.py", *(() if importlib.util.find_spec("triton") else ("test_triton.py", "test_triton_aot.py")))
+# test_gpu.py runs on a machine with a GPU (make gpu-check). What is not installed leaves no test to run.
+NEEDED = {"triton": ("test_triton.py", "test_triton_aot.py"), "transformers": ("test_accelerate_families.py",)}
+ABSENT = (file for package, files in NEEDED.items() if importlib.util.find_spec(package) is None for file in files)
+ELSEWHERE = ("test_gpu.py", *ABSENT)
 COLLECT = """
 import json, sys, pytest
 class Collected:
@@ -109,7 +111,10 @@ def test_the_cpu_runs_each_test_once(collected, everything):
 
 
 KERNEL_JOBS = [
-    job for everything in (False, True) for job in run.jobs(everything, ["default"]) if "all else" not in job.title
+    job
+    for everything in (False, True)
+    for job in run.jobs(everything, ["default"])
+    if "all else" not in job.title and "FASTLLM_TEST_NODES" not in job.env and "FASTLLM_TEST_NATIVE" not in job.env
 ]
 KERNEL_JOB = pytest.mark.parametrize(
     "job", KERNEL_JOBS, ids=lambda job: f"{job.title}{job.env.get('FASTLLM_TESTS', '')}"
