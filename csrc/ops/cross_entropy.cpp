@@ -175,8 +175,7 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTe
   Tensor x = input, y = target;
   OptionalTensor w = weight;
   if (probabilities) {
-    TORCH_CHECK(options.ignore_index < 0,
-                "cross_entropy: ignore_index is not supported for class probabilities, got ",
+    TORCH_CHECK(options.ignore_index < 0, "cross_entropy: ignore_index is not supported for class probabilities, got ",
                 options.ignore_index);
     const at::ScalarType dtype = probability_dtype(input, target, weight);
     x = x.to(dtype);
