@@ -38,7 +38,7 @@ def test_the_committed_report_lists_every_kernel(target):
     """Registers may differ from compiler to compiler, names may not."""
     column = cuda_aot.TARGETS.index(target) + 3
     rows = [line.split("|") for line in cuda_aot.REPORT.read_text().splitlines() if line.startswith("| ")][1:]
-    listed = {(row[1].strip(), row[2].strip("` ")) for row in rows[1:] if row[column].strip()}
+    listed = {(row[1].strip(), row[2].strip().strip("`")) for row in rows[1:] if row[column].strip()}
     assert listed == {(k.file, k.name) for k in cuda_aot.kernels_of(compiled(target))}
 
 

@@ -69,8 +69,8 @@ using Signatures = std::tuple<SignatureOf<decltype(embedding)>, SignatureOf<decl
 constexpr const char* kNames[] = {"embedding", "linear_relu",   "relu_mlp",
                                   "mse_loss",  "cross_entropy", "linear_cross_entropy"};
 
-// torch.ops.fastllm.<name>.default, held as long as the interpreter lives. Looked up at import: the lookup runs Python,
-// which may hand the interpreter to a thread that would wait for a static variable's initialisation, for ever.
+// torch.ops.fastllm.<name>.default, held as long as the interpreter lives. Looked up once, ahead: the lookup runs
+// Python, which may hand the interpreter to a thread that would wait for a static variable's initialisation, for ever.
 PyObject* fallbacks[std::size(kNames)];
 
 template <size_t kIndex>
@@ -140,10 +140,13 @@ void define(py::module_& m, const char* name, Fastcall function, const char* doc
 
 }  // namespace
 
-void define_calls(py::module_& m) {
+void find_operations() {
   const py::object operations = py::module_::import("torch").attr("ops").attr("fastllm");
   for (size_t i = 0; i < std::size(kNames); ++i)
     fallbacks[i] = py::object(operations.attr(kNames[i]).attr("default")).release().ptr();
+}
+
+void define_calls(py::module_& m) {
   [&]<size_t... i>(std::index_sequence<i...>) {
     (define(m, kNames[i], &call<i>, "The operation of torch.ops.fastllm, its arguments by position."), ...);
   }(std::make_index_sequence<std::tuple_size_v<Signatures>>());

@@ -12,4 +12,7 @@ namespace fastllm {
 
 void define_calls(pybind11::module_& m);
 
+// Once, when the operations are declared and before a call.
+void find_operations();
+
 }  // namespace fastllm
