@@ -22,6 +22,7 @@ PYBIND11_MODULE(_C, m) {
     for (const auto& [operation, lower_precision, casts, flag] : rules)
       autocast.push_back({operation, lower_precision, casts, flag});
     fastllm::complete_declarations(autocast, kernels);
+    fastllm::find_operations();
   });
   fastllm::define_calls(m);
   m.def("current_backend", &fastllm::backend::current);
