@@ -150,9 +150,10 @@ import torch
 import torch.nn.functional as TF
 import fastllm.functional as F
 from fastllm import eager
-from helpers import check_against_float64
+from helpers import EMULATED, check_against_float64
 torch.manual_seed(0)
-for n, classes in ((65, 900), (128, 900), (300, 900), (70, 16389)):
+sizes = ((65, 900), (128, 900)) if EMULATED else ((65, 900), (128, 900), (300, 900), (70, 16389))
+for n, classes in sizes:
     for reduction in ("none", "mean", "sum"):
         x = torch.randn(n, 40).to({dtype}).requires_grad_()
         w = (torch.randn(classes, 40) / 5).to({dtype}).requires_grad_()
