@@ -291,7 +291,7 @@ def _tested_torch(running: str) -> str:
     oldest, newest = (tuple(map(int, release.split("."))) for release in TESTED_TORCH)
     release = re.match(r"(\d+)\.(\d+)(\.\d+)*(\+|$)", running)  # no pre-release
     inside = release is not None and oldest <= tuple(map(int, release.groups()[:2])) <= newest
-    return " to ".join(TESTED_TORCH) + ("" if inside else f"; torch {running} is not among them")
+    return " to ".join(dict.fromkeys(TESTED_TORCH)) + ("" if inside else f"; torch {running} is not among them")
 
 
 class Info(dict):

@@ -41,6 +41,11 @@ def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Ten
         return F.mse_loss(expanded_input, expanded_target, reduction=reduction)
     if weight.size() != input.size():
         raise ValueError(f"mse_loss: weight must have input's size {tuple(input.shape)}, got {tuple(weight.shape)}")
+    return weighted(input, target, reduction, weight)
+
+
+def weighted(input: Tensor, target: Tensor, reduction: str, weight: Tensor) -> Tensor:
+    """:func:`mse_loss` with ``weight``, which may be of a size that ``input`` was broadcast from."""
     squares = torch.square(input - target) * weight
     if reduction == "none":
         return squares

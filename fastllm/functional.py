@@ -20,11 +20,12 @@ from torch.nn import _reduction
 
 from fastllm import eager
 from fastllm.backends import holds_numbers, native
+from fastllm.operations.declaration import REDUCTIONS
 
 __all__ = ["cross_entropy", "embedding", "linear_cross_entropy", "linear_relu", "mse_loss", "relu_mlp"]
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_REDUCTION_NAMES = tuple(_REDUCTIONS)  # `in` compares: a reduction that has no hash is another value, not an error
+_REDUCTIONS = {name: number for number, name in enumerate(REDUCTIONS)}
+_REDUCTION_NAMES = REDUCTIONS  # `in` compares: a reduction that has no hash is another value, not an error
 _ACCEPTED = {  # by PyTorch, for an argument of that type
     bool: (bool, torch.SymBool),
     float: (numbers.Real, torch.SymInt, torch.SymFloat, Tensor),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastllm.operations.declaration import DTYPES
+from fastllm.operations.node import needs_grad
 
 
 def check_given(op: str, **tensors: Tensor | None) -> None:
@@ -88,7 +89,8 @@ def checked_indices(op: str, target: Tensor) -> Tensor:
     raise RuntimeError(f"{op}: target must be int64 or int32 class indices, got {target.dtype}")
 
 
-def check_class_weight(op: str, weight: Tensor | None, like: Tensor, classes: int) -> None:
+def check_class_weight(op: str, weight: Tensor | None, like: Tensor, classes: int, probabilities: bool) -> None:
+    """One number for each class; PyTorch differentiates by them for class probabilities alone."""
     if weight is None:
         return
     if weight.dim() != 1 or weight.shape[0] != classes:
@@ -98,6 +100,8 @@ def check_class_weight(op: str, weight: Tensor | None, like: Tensor, classes: in
     if weight.dtype != like.dtype:
         raise RuntimeError(f"{op}: weight must have input's dtype {like.dtype}, got {weight.dtype}")
     check_device(op, "weight", weight, "input", like.device)
+    if not probabilities and needs_grad(weight):
+        raise RuntimeError(f"{op}: weight must not require a gradient (pass weight.detach()), got one that does")
 
 
 def probability_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:

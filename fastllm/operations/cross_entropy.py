@@ -14,7 +14,7 @@ from fastllm.operations.checks import (
     checked_indices,
     probability_dtype,
 )
-from fastllm.operations.declaration import DTYPES, Autocast, Kernel, Operation
+from fastllm.operations.declaration import DTYPES, REDUCTIONS, Autocast, Kernel, Operation, accumulator
 from fastllm.operations.node import (
     differentiate,
     drop_formed,
@@ -26,14 +26,8 @@ from fastllm.operations.node import (
     take_formed,
 )
 
-REDUCTIONS = ("none", "mean", "sum")
 # The options of a loss over rows, in the order in which every operation takes them.
 LOSS_OPTIONS = "int reduction, int ignore_index, float label_smoothing, float lse_square_scale, float? softcap"
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over tensors of ``dtype`` are kept."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def definition(logits: Tensor, target: Tensor, weight: Tensor | None, options: tuple) -> Tensor:
@@ -171,9 +165,7 @@ def cross_entropy(
         w = None if w is None else w.to(dtype)
     else:
         y = checked_indices(op, target)
-    check_class_weight(op, w, x, classes)
-    if not probabilities and needs_grad(w):
-        raise RuntimeError(f"{op}: weight must not require a gradient (pass weight.detach()), got one that does")
+    check_class_weight(op, w, x, classes, probabilities)
     # Rows of classes: (C) -> (1, C), (N, C, d1, ...) -> (N d1 ..., C).
     spatial = input.dim() > 2
     if input.dim() == 1:

@@ -17,6 +17,12 @@ import torch
 LIBRARY = "fastllm"
 BACKENDS = ("fastllm_cuda", "fastllm_triton")  # namespaces in which a GPU backend registers its kernels
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+REDUCTIONS = ("none", "mean", "sum")  # their numbers in a schema
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over tensors of ``dtype`` are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def no_flops(*_, **__) -> int:

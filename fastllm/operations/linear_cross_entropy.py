@@ -15,9 +15,9 @@ from fastllm.operations.checks import (
     checked_indices,
     probability_dtype,
 )
-from fastllm.operations.cross_entropy import LOSS_OPTIONS, accumulator
+from fastllm.operations.cross_entropy import LOSS_OPTIONS
 from fastllm.operations.cross_entropy import definition as cross_entropy_definition
-from fastllm.operations.declaration import Autocast, Kernel, Operation
+from fastllm.operations.declaration import Autocast, Kernel, Operation, accumulator
 from fastllm.operations.flops import layer_flops
 from fastllm.operations.node import (
     differentiate,
@@ -187,9 +187,7 @@ def linear_cross_entropy(
                 f"{classes}), got {list(target.shape)}"
             )
         y = checked_indices(op, y)
-    check_class_weight(op, w, x, classes)
-    if not probabilities and needs_grad(w):
-        raise RuntimeError(f"{op}: weight must not require a gradient (pass weight.detach()), got one that does")
+    check_class_weight(op, w, x, classes, probabilities)
     options = (reduction, ignore_index, label_smoothing, lse_square_scale, softcap)
     if probabilities and (needs_grad(w) or classes == 0):
         output = definition(x, linear_weight, y, linear_bias, w, options)

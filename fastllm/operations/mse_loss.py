@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastllm import eager
 from fastllm.operations.checks import check_device, check_given
-from fastllm.operations.declaration import DTYPES, Autocast, Kernel, Operation
+from fastllm.operations.declaration import DTYPES, REDUCTIONS, Autocast, Kernel, Operation
 from fastllm.operations.node import (
     differentiate,
     drop_formed,
@@ -19,17 +19,11 @@ from fastllm.operations.node import (
     take_formed,
 )
 
-REDUCTIONS = ("none", "mean", "sum")
-
 
 def definition(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
     """The loss in PyTorch's differentiable operations; ``weight`` may be of a size that input was broadcast from."""
-    if weight is None:
-        return eager.mse_loss(input, target, REDUCTIONS[reduction])
-    squares = (input - target).square() * weight
-    if reduction == 0:
-        return squares
-    return squares.sum() if reduction == 2 else squares.sum() / weight.sum()
+    name = REDUCTIONS[reduction]
+    return eager.mse_loss(input, target, name) if weight is None else eager.weighted(input, target, name, weight)
 
 
 def _forward_fake(input, target, weight, reduction, need_grad):

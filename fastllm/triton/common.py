@@ -10,14 +10,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from fastllm.operations.declaration import DTYPES, accumulator
 from fastllm.triton import INTERPRETED
 
-ACCUMULATORS = {
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-}
+ACCUMULATORS = {dtype: accumulator(dtype) for dtype in DTYPES}
 CHECKED = INTERPRETED or os.environ.get("FASTLLM_CHECK") == "1"
 # Assertions on ids and targets stay in the kernels; arithmetic is not watched for overflow.
 ASSERTING = {"debug": True, "sanitize_overflow": False}

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllm.operations.cross_entropy import has_contiguous_rows
 from fastllm.triton.common import ACCUMULATORS, ASSERTING, check_indices, constant, launch
 
 NONE, MEAN = 0, 1
@@ -470,8 +471,7 @@ def _stride(incoming: Tensor | None) -> tuple[int]:
 
 def _walkable(logits: Tensor) -> Tensor:
     """Logits whose rows are contiguous and apart."""
-    apart = logits.size(0) < 2 or logits.stride(0) >= logits.size(1)
-    return logits if apart and (logits.stride(1) == 1 or logits.size(1) < 2) else logits.contiguous()
+    return logits if has_contiguous_rows(logits) else logits.contiguous()
 
 
 def forward(input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, need_grad):
