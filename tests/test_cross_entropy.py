@@ -359,8 +359,10 @@ class TestInplaceBackward:
         torch.testing.assert_close(x.grad, expected)
 
     def test_traced_leaf_is_an_error(self):
-        torch._dynamo.reset()
-        step = torch.compile(lambda a: F.cross_entropy(a, self.y, inplace_backward=True), backend="aot_eager")
+        def step(a):
+            torch._dynamo.reset()  # a frame that raised runs uncompiled, and what it calls would be compiled instead
+            return torch.compile(lambda a: F.cross_entropy(a, self.y, inplace_backward=True), backend="aot_eager")(a)
+
         with pytest.raises(RuntimeError, match="logits of your own"):
             step(torch.randn(3, 5, requires_grad=True))
         step(torch.randn(3, 5, requires_grad=True) * 1.0).backward()
