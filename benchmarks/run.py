@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     import machine
 
-    from fastllm.training import ProgressBar
+    from fastllm.lm.training import ProgressBar
 
     out = machine.folder(options.out, options.device)
     missing = peers_.missing(set(options.peers))

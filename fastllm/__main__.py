@@ -2,6 +2,6 @@
 
 import sys
 
-from fastllm.cli import main
+from fastllm.lm.cli import main
 
 sys.exit(main())

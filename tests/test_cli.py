@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from fastllm import data
-from fastllm.cli import _InterruptAfterStep, main
+from fastllm.lm import data
+from fastllm.lm.cli import _InterruptAfterStep, main
 
 SMALL = ["--steps", "8", "--batch-size", "4", "--sequence-length", "8", "--vocab-size", "280", "--embedding-dim", "8"]
 

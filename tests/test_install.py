@@ -28,9 +28,10 @@ import pytest
 import torch
 
 import fastllm
-from fastllm import _native, backends, cli
+from fastllm import _native, backends
 from fastllm._build import builder, cache, plan, toolchain
 from fastllm._version import TESTED_TORCH
+from fastllm.lm import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path(sysconfig.get_paths()["purelib"])
@@ -239,7 +240,7 @@ def test_pure_wheel(pure_wheel):
 def test_pure_wheel_and_its_build(pure, path, with_compiler, tmp_path):
     """Eager with one warning; then a build, in a folder with a space, which a fresh interpreter finds."""
     env = with_compiler | {"FASTLLM_HOME": str(tmp_path / "a home")}
-    found = pure.imports(env, 'from fastllm import cli; sys.exit(cli.main(["build", "--cpu"]))')
+    found = pure.imports(env, 'from fastllm.lm import cli; sys.exit(cli.main(["build", "--cpu"]))')
     assert Path(found["file"]).is_relative_to(pure.site)
     eager_with_one_warning(found, SAYS["pure"])
     said = found["then"]

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as TF
 
 import fastllm
-from fastllm.generation import filter_logits
+from fastllm.lm.training import perplexity
 from fastllm.models import MLPLanguageModel
-from fastllm.training import perplexity
+from fastllm.models.sampling import filter_logits
 
 
 def model(**kwargs):

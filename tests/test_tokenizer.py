@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from fastllm import data
-from fastllm.tokenizer import Tokenizer
+from fastllm.lm import data
+from fastllm.lm.tokenizer import Tokenizer
 
 TEXT = "the cat sat on the mat; the cat ate the rat. " * 30 + "Ünïcödé 日本語 🙂\n\t x_1 = 2**3\n"
 
@@ -37,7 +37,7 @@ def test_counts_stay_exact():
     """Merging by updated counts gives what counting from scratch at each step gives."""
     from collections import Counter
 
-    from fastllm.tokenizer import _SPLIT, _merged
+    from fastllm.lm.tokenizer import _SPLIT, _merged
 
     words = Counter(_SPLIT.findall(TEXT))
     spelled = {w: list(w.encode()) for w in words}

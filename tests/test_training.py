@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from fastllm import training
+from fastllm.lm import training
+from fastllm.lm.tokenizer import Tokenizer
 from fastllm.models import MLPLanguageModel
-from fastllm.tokenizer import Tokenizer
 
 TEXT = "one two three four five six seven eight nine ten. " * 60
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastllm import functional as F
-from fastllm import generation
 from fastllm.backends import use_backend
+from fastllm.models import sampling
 from fastllm.nn import Embedding, LinearReLU
 
 
@@ -176,9 +176,9 @@ class MLPLanguageModel(nn.Module):
         *,
         backend: str | None = None,
     ) -> Tensor:
-        """Continue ``ids``; see :func:`fastllm.generation.generate`."""
-        with generation.evaluation_mode(self), self._on(backend):
-            return generation.generate(self._next_logits, ids, max_new_tokens, temperature, top_k, top_p, generator)
+        """Continue ``ids``; see :func:`fastllm.models.sampling.generate`."""
+        with sampling.evaluation_mode(self), self._on(backend):
+            return sampling.generate(self._next_logits, ids, max_new_tokens, temperature, top_k, top_p, generator)
 
     def _next_logits(self, ids: Tensor) -> Tensor:
         """``(B, T)`` ids to the logits ``(B, vocab_size)`` after the last of them."""

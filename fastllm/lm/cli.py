@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from fastllm import _native, backends, data, training
+from fastllm import _native, backends
 from fastllm._build import cache
 from fastllm._build.toolchain import CompileFailed
+from fastllm.lm import data, training
+from fastllm.lm.tokenizer import Tokenizer
 from fastllm.models import MLPLanguageModel
-from fastllm.tokenizer import Tokenizer
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -216,7 +217,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    script = Path(__file__).resolve().parent.parent / "benchmarks" / "run.py"
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "run.py"
     if not script.exists():
         raise ValueError(
             "the benchmarks are in fastllm's source tree: run `fastllm bench` from an editable install of it"
@@ -232,7 +233,11 @@ def _build(options: argparse.Namespace) -> int:
     wish = os.environ.get("FASTLLM_CUDA", "") if options.cuda is None else options.cuda
     loaded = _native.extension and Path(_native.extension.__file__)
     wants_cuda = wish == "1" or (wish != "0" and torch.version.cuda is not None)
-    if loaded and loaded.parent == Path(__file__).parent and not (wants_cuda and _native.BUILD.get("cuda") is None):
+    if (
+        loaded
+        and loaded.parent == Path(_native.__file__).parent
+        and not (wants_cuda and _native.BUILD.get("cuda") is None)
+    ):
         print(f"nothing to do: the package has compiled operations for this torch, {loaded}")
         return 0
     try:

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastllm.data import random_batch
-from fastllm.generation import evaluation_mode
+from fastllm.lm.data import random_batch
+from fastllm.lm.tokenizer import Tokenizer
 from fastllm.models import MLPLanguageModel
-from fastllm.tokenizer import Tokenizer
+from fastllm.models.sampling import evaluation_mode
 
 
 @dataclass
