@@ -4,6 +4,7 @@
 of those in C++. ``FASTLLM_TEST_NATIVE=0`` hides the extension, as on a machine without a compiler.
 """
 
+import importlib.util
 import itertools
 import os
 import signal
@@ -26,6 +27,11 @@ if os.environ.get("FASTLLM_CUDA_HOST") == "1":
     import cuda_host
 
     cuda_host.enable()
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    import interpreter
+
+    interpreter.enable()
 
 if os.environ.get("FASTLLM_TEST_DEVICE") == "cuda" and torch.cuda.is_available():
     torch.set_default_device("cuda")

@@ -77,7 +77,7 @@ def jobs(everything: bool, capabilities: list[str]) -> list[Job]:
         env = {"ATEN_CPU_CAPABILITY": capability, **ONE_THREAD}
         found.append(Job(f"CPU: results with ATEN_CPU_CAPABILITY={capability}", f"({RESULTS}){quick}", env, 50))
     if importlib.util.find_spec("triton") is not None:
-        found.append(Job("Triton kernels, interpreted", f"{kernels}{quick}", INTERPRETED, 140, parts=3))
+        found.append(Job("Triton kernels, interpreted", f"{kernels}{quick}", INTERPRETED, 250, parts=3))
     common = {"TRITON_CACHE_DIR": str(ROOT / "build" / "triton")} | ({"FASTLLM_TESTS": "all"} if everything else {})
     return [replace(job, env=job.env | common) for job in found]
 

@@ -203,7 +203,7 @@ def test_every_class_finds_its_probability(classes, dtype):
     """However exponentials lie in the scratch row: p - 1 at the true class and p elsewhere, wherever a row begins."""
     torch.manual_seed(0)
     wide, y = torch.randn(classes, classes + 3).to(dtype), torch.arange(classes)
-    for offset in range(3):
+    for offset in (0, 1) if INTERPRETED else (0, 1, 2):
         x = wide[:, offset : offset + classes]
         _, grad = gradient(F.cross_entropy, x, y, reduction="sum")
         p = torch.softmax(x.double(), 1)
@@ -257,8 +257,9 @@ def test_confident_rows_keep_their_gradient():
 
 def test_float16_under_a_loss_scale():
     """Gradients of 1/N that float16 cannot hold appear once the incoming gradient lifts them."""
-    x = torch.randn(4096, 64, dtype=torch.float16)
-    y = torch.randint(0, 64, (4096,))
+    rows = 256 if INTERPRETED else 4096
+    x = torch.randn(rows, 64, dtype=torch.float16)
+    y = torch.randint(0, 64, (rows,))
     ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
     (F.cross_entropy(ours, y) * 8192).backward()
     (TF.cross_entropy(theirs, y) * 8192).backward()

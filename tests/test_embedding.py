@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import DTYPES, check_against_float64, cpu_kernels
+from helpers import DTYPES, INTERPRETED, check_against_float64, cpu_kernels
 from operations import cases_of
 
 import fastllm.functional as F
@@ -131,10 +131,11 @@ def test_id_out_of_range_among_many(position, bad, ids_dtype):
 
 
 def test_large_table_few_ids():
-    weight = torch.randn(200_000, 16, requires_grad=True)
-    ids = torch.tensor([199_999, 0, 199_999])
+    rows = 1_500 if INTERPRETED else 200_000
+    weight = torch.randn(rows, 16, requires_grad=True)
+    ids = torch.tensor([rows - 1, 0, rows - 1])
     F.embedding(ids, weight).backward(torch.ones(3, 16))
-    assert weight.grad.count_nonzero() == 32 and weight.grad[199_999].eq(2).all() and weight.grad[0].eq(1).all()
+    assert weight.grad.count_nonzero() == 32 and weight.grad[rows - 1].eq(2).all() and weight.grad[0].eq(1).all()
 
 
 @pytest.mark.parametrize("create_graph", [False, True])

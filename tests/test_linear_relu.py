@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import DTYPES, check_against_float64
+from helpers import DTYPES, INTERPRETED, check_against_float64
 from operations import cases_of
 
 import fastllm.functional as F
@@ -26,7 +26,7 @@ def test_worked_example():
     assert F.linear_relu(torch.tensor([1.0, 0.0, 1.0]), w).tolist() == [2.0, 0.0, 2.0]
 
 
-@pytest.mark.parametrize("size", [4, 600])
+@pytest.mark.parametrize("size", [4, 150 if INTERPRETED else 600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nan_goes_through(dtype, size):
     """relu(NaN) is NaN, and its gradient passes, as in PyTorch; infinities and zeros too."""
@@ -66,5 +66,5 @@ def test_bfloat16_rounds_once():
     b = torch.full((64,), -257.0, dtype=torch.bfloat16)  # held as -256 or -258
     expected = torch.relu(x.double() @ w.double().t() + b.double()).to(torch.bfloat16)
     assert torch.equal(F.linear_relu(x, w, b), expected)
-    big = x.repeat(200, 1)
-    assert torch.equal(F.linear_relu(big, w.repeat(10, 1), b.repeat(10)), expected[:1, :1].expand(800, 640))
+    big = x.repeat(40 if INTERPRETED else 200, 1)
+    assert torch.equal(F.linear_relu(big, w.repeat(10, 1), b.repeat(10)), expected[:1, :1].expand(len(big), 640))
