@@ -1,5 +1,6 @@
 """Language models on fastllm's operations."""
 
 from fastllm.models.mlp import MLPLanguageModel
+from fastllm.models.transformer import TransformerLanguageModel
 
-__all__ = ["MLPLanguageModel"]
+__all__ = ["MLPLanguageModel", "TransformerLanguageModel"]

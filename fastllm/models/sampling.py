@@ -54,8 +54,9 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
+    stop_id: int | None = None,
 ) -> Tensor:
-    """Append ``max_new_tokens`` drawn words to ``ids``.
+    """Append up to ``max_new_tokens`` drawn words to ``ids``.
 
     Parameters
     ----------
@@ -69,11 +70,13 @@ def generate(
         See :func:`filter_logits`.
     generator : torch.Generator, optional
         Source of randomness; the same state gives the same words.
+    stop_id : int, optional
+        A row in which this word was drawn is filled with it; generation ends early where all rows are.
 
     Returns
     -------
     Tensor
-        ``(B, T + max_new_tokens)`` or ``(T + max_new_tokens,)``.
+        ``(B, T + max_new_tokens)`` or ``(T + max_new_tokens,)``; fewer words if all rows stopped before.
 
     Raises
     ------
@@ -92,6 +95,7 @@ def generate(
         raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
     single = ids.dim() == 1
     batch = ids.unsqueeze(0) if single else ids
+    stopped = torch.zeros(batch.shape[0], 1, dtype=torch.bool, device=batch.device)
     for _ in range(max_new_tokens):
         logits = next_logits(batch).float()
         if temperature < torch.finfo(torch.float32).tiny:
@@ -101,5 +105,10 @@ def generate(
             scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
             kept = filter_logits(scaled, top_k, top_p)
             drawn = torch.multinomial(kept.softmax(dim=-1), 1, generator=generator)
+        if stop_id is not None:
+            drawn = drawn.masked_fill(stopped, stop_id)
+            stopped = drawn == stop_id
         batch = torch.cat([batch, drawn.to(batch.dtype)], dim=1)
+        if stop_id is not None and stopped.all():
+            break
     return batch[0] if single else batch
