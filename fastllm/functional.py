@@ -566,8 +566,6 @@ def linear_cross_entropy(
     given; here -100 counts as not given.
     """
     op = "linear_cross_entropy"
-    if type(shift) is not bool:
-        _check_type(op, "shift", shift, bool)
     if linear_weight.dim() != 2:
         _check_linear(input, linear_weight, linear_bias)  # else the compiled operation checks, or eager after this
     if reduction not in _REDUCTION_NAMES:
@@ -579,7 +577,8 @@ def linear_cross_entropy(
     _check_numbers(op, label_smoothing, lse_square_scale, softcap)
     if ignore_index != -100 and target.shape == (*input.shape[:-1], *linear_weight.shape[:-1]):
         raise RuntimeError(f"{op}: ignore_index must be None for class probabilities, got {ignore_index}")
-    if shift or num_items is not None or all_ignored != "nan":
+    if shift is not False or num_items is not None or all_ignored != "nan":
+        _check_type(op, "shift", shift, bool)
         shape = target.shape
         if shift:
             _check_shift(input, linear_weight, target)
