@@ -10,9 +10,11 @@ Which backend computes a call: ``fastllm.backends``.
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,12 +22,13 @@ from torch.nn import _reduction
 
 from fastllm import eager
 from fastllm.backends import holds_numbers, native
-from fastllm.operations.declaration import REDUCTIONS
+from fastllm.operations.declaration import REDUCTIONS, accumulator
 
 __all__ = ["cross_entropy", "embedding", "linear_cross_entropy", "linear_relu", "mse_loss", "relu_mlp"]
 
 _REDUCTIONS = {name: number for number, name in enumerate(REDUCTIONS)}
 _REDUCTION_NAMES = REDUCTIONS  # `in` compares: a reduction that has no hash is another value, not an error
+_ALL_IGNORED = ("nan", "zero")
 _ACCEPTED = {  # by PyTorch, for an argument of that type
     bool: (bool, torch.SymBool),
     float: (numbers.Real, torch.SymInt, torch.SymFloat, Tensor),
@@ -95,6 +98,84 @@ def _check_numbers(op: str, label_smoothing: float, lse_square_scale: float, sof
         _check_type(op, "softcap", softcap, float)
     if not softcap > 0:
         raise ValueError(f"{op}: softcap must be positive or None, got {softcap}")
+
+
+def _divided(
+    op: str,
+    loss: Callable[[str], Tensor],
+    input: Tensor,
+    target: Tensor,
+    probabilities: bool,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    num_items: float | Tensor | None,
+    all_ignored: str,
+) -> Tensor:
+    """``loss(reduction)``, its mean divided by ``num_items`` if given, and 0 for a divisor of 0 if ``all_ignored`` says so."""
+    if all_ignored not in _ALL_IGNORED:
+        raise ValueError(f"{op}: all_ignored must be 'nan' or 'zero', got {all_ignored!r}")
+    if num_items is not None:
+        _check_num_items(op, num_items, reduction, input.device)
+    zero = all_ignored == "zero"
+    if reduction != "mean" or (num_items is None and not zero):
+        return loss(reduction)
+    if num_items is None and probabilities:  # every row counts
+        return loss("mean" if target.numel() > 0 else "sum")
+    if num_items is None and weight is None:
+        mean = loss("mean")  # NaN if no row counts, but its gradient in an ignored row is 0
+        return mean.masked_fill((target == ignore_index).all(), 0.0)
+    if input.dtype == torch.float16:
+        total = loss("none")
+        dtype, total = total.dtype, total.sum(dtype=torch.float32)
+    else:
+        total = loss("sum")
+        dtype, total = total.dtype, total.to(accumulator(total.dtype))
+    if num_items is None:
+        counted = target != ignore_index
+        classes = torch.where(counted, target, 0).long()
+        num_items = torch.where(counted, weight.detach()[classes].to(total.dtype), 0.0).sum()
+    elif isinstance(num_items, Tensor):
+        num_items = num_items.to(total.dtype)
+    if zero:  # a sum divided by infinity is 0, and so are its gradients
+        if isinstance(num_items, Tensor):
+            num_items = torch.where(num_items == 0, math.inf, num_items)
+        elif num_items == 0:
+            num_items = math.inf
+    return (total / num_items).to(dtype)
+
+
+def _check_num_items(op: str, num_items: float | Tensor, reduction: str, device: torch.device) -> None:
+    _check_type(op, "num_items", num_items, float)
+    if reduction != "mean":
+        raise ValueError(f"{op}: num_items must be None for another reduction than 'mean', got {reduction!r}")
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
+            raise ValueError(f"{op}: num_items must be a number or a 0-dim tensor, got shape {tuple(num_items.shape)}")
+        if num_items.device != device and num_items.device.type != "cpu":
+            raise RuntimeError(f"{op}: num_items must be on {device}, as input, or on the CPU, got {num_items.device}")
+
+
+def _check_shift(input: Tensor, linear_weight: Tensor, target: Tensor) -> None:
+    op = "linear_cross_entropy"
+    if linear_weight.dim() != 2:
+        raise RuntimeError(f"{op}: linear_weight must be 2-D with shift=True, got shape {tuple(linear_weight.shape)}")
+    if input.dim() not in (2, 3):
+        raise RuntimeError(f"{op}: input must be 2-D or 3-D with shift=True, got shape {tuple(input.shape)}")
+    if target.shape != input.shape[:-1]:
+        raise RuntimeError(
+            f"{op}: target must hold class indices of shape {tuple(input.shape[:-1])} with shift=True, "
+            f"got shape {tuple(target.shape)}"
+        )
+
+
+def _next_targets(target: Tensor, ignore_index: int) -> Tensor:
+    """The target of position t + 1 at position t; nothing at the last."""
+    if target.dtype in (torch.int32, torch.uint8):  # which may not hold ignore_index
+        target = target.long()
+    following = target.roll(-1, -1)
+    following[..., -1:] = ignore_index
+    return following
 
 
 def _check_ids(input: Tensor, rows: int) -> None:
@@ -316,6 +397,8 @@ def cross_entropy(
     *,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
+    num_items: float | Tensor | None = None,
+    all_ignored: str = "nan",
     inplace_backward: bool = False,
 ) -> Tensor:
     r"""Cross-entropy of logits :math:`x` and class :math:`y`: :math:`\ell = w_y(\log\sum_c e^{z_c} - z_y)`, with
@@ -343,6 +426,13 @@ def cross_entropy(
         s adds ``s * logsumexp(z)**2`` to the loss of each counted row (the z-loss of PaLM, arXiv:2204.02311).
     softcap : float, optional
         Caps the logits (Gemma 2, arXiv:2408.00118).
+    num_items : float or 0-dim Tensor, optional
+        Under ``"mean"``, divide the sum of the losses by this instead of what it divides by itself: the number of
+        counted targets of all micro-batches of a step, when gradients are accumulated over unequal ones. A tensor is on
+        the input's device or the CPU, and is not read by the host.
+    all_ignored : str
+        A mean over nothing, whose divisor is 0: ``"nan"``, as in PyTorch, or ``"zero"``, a loss of 0 whose gradients are
+        0.
     inplace_backward : bool
         Let backward write the gradient over the logits' storage, which must be an intermediate result: a leaf that
         requires a gradient, or a view of one, is a RuntimeError, as for PyTorch's operations in place. The logits keep
@@ -359,7 +449,8 @@ def cross_entropy(
     IndexError
         A class index outside ``[0, C)`` that is not ``ignore_index``.
     ValueError
-        Another ``reduction``, batch sizes that do not match, ``softcap <= 0``.
+        Another ``reduction`` or ``all_ignored``, batch sizes that do not match, ``softcap <= 0``, ``num_items`` of one
+        dimension or more or with another reduction than ``"mean"``.
     RuntimeError
         Other shapes, dtypes or devices that do not match; ``label_smoothing`` outside ``[0, 1]``;
         ``inplace_backward`` for a leaf that requires a gradient, or a view of one.
@@ -368,12 +459,35 @@ def cross_entropy(
     -----
     Signature and semantics of :func:`torch.nn.functional.cross_entropy`. The softmax is taken online, block by block
     (arXiv:1805.02867), and under ``"mean"`` and ``"sum"`` the gradient is formed in the same visit of a row.
+
+    ``num_items``, and ``all_ignored="zero"`` with ``weight``, divide the sum in float32 (float64 for float64) and round
+    the quotient once more. The sum of float16 input is taken over rows rounded to float16, because it may itself be
+    beyond that dtype's range; backward then forms the gradient from the saved logits.
     """
     if size_average is not None or reduce is not None or reduction not in _REDUCTION_NAMES:
         reduction = _reduction_name("cross_entropy", reduction, size_average, reduce)
     if type(ignore_index) is not int:
         ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
     _check_numbers("cross_entropy", label_smoothing, lse_square_scale, softcap)
+    if num_items is not None or all_ignored != "nan":
+
+        def loss(reduction: str) -> Tensor:
+            return cross_entropy(
+                input,
+                target,
+                weight,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+                lse_square_scale=lse_square_scale,
+                softcap=softcap,
+                inplace_backward=inplace_backward,
+            )
+
+        probabilities = target.shape == input.shape
+        return _divided(
+            "cross_entropy", loss, input, target, probabilities, weight, ignore_index, reduction, num_items, all_ignored
+        )
     operation = native("cross_entropy", input, target, weight)
     if inplace_backward:
         _check_overwritable(input)
@@ -406,6 +520,9 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
+    num_items: float | Tensor | None = None,
+    all_ignored: str = "nan",
+    shift: bool = False,
 ) -> Tensor:
     r"""``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without the N x V logits.
 
@@ -417,25 +534,31 @@ def linear_cross_entropy(
     Parameters
     ----------
     input : Tensor
-        ``(N, D)`` or ``(D,)``.
+        ``(N, D)`` or ``(D,)``; under ``shift``, ``(B, T, D)`` or ``(T, D)``.
     linear_weight : Tensor
         ``(V, D)``, or ``(V, d1, ..., D)`` for a K-dimensional loss; the latter holds its logits.
     target : Tensor
-        ``(N,)`` class indices, int64 or int32, or ``(N, V)`` class probabilities; without N for ``(D,)`` input.
+        ``(N,)`` class indices, int64 or int32, or ``(N, V)`` class probabilities; without N for ``(D,)`` input. Under ``shift``,
+        ``(B, T)`` or ``(T,)`` class indices.
     linear_bias : Tensor, optional
         ``(V,)``, or ``(V, d1, ...)``.
-    weight, reduction, ignore_index, label_smoothing, lse_square_scale, softcap
+    weight, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, num_items, all_ignored
         As for :func:`cross_entropy`; ``ignore_index=None`` means -100.
+    shift : bool
+        Score position t against target t + 1, and the last position, whose loss is 0, against nothing: the loss of a
+        causal language model, for ids and their hidden states. Input whose rows are not evenly spaced is copied, other
+        input is not.
 
     Returns
     -------
     Tensor
-        0-dim, or ``(N,)`` for ``"none"``; of input's dtype.
+        0-dim, or of the class indices' shape for ``"none"``; of input's dtype.
 
     Raises
     ------
-    As :func:`cross_entropy`, and RuntimeError for ``input`` that is neither 1-D nor 2-D, for ``linear_weight`` or
-    ``linear_bias`` of a shape that does not match, and for an ``ignore_index`` with class probabilities.
+    As :func:`cross_entropy`, and RuntimeError for ``input`` that is neither 1-D nor 2-D (2-D nor 3-D under ``shift``),
+    for ``linear_weight`` or ``linear_bias`` of a shape that does not match, for an ``ignore_index`` with class
+    probabilities, and for class probabilities or a K-dimensional loss under ``shift``.
 
     Notes
     -----
@@ -454,6 +577,32 @@ def linear_cross_entropy(
     _check_numbers(op, label_smoothing, lse_square_scale, softcap)
     if ignore_index != -100 and target.shape == (*input.shape[:-1], *linear_weight.shape[:-1]):
         raise RuntimeError(f"{op}: ignore_index must be None for class probabilities, got {ignore_index}")
+    if shift is not False or num_items is not None or all_ignored != "nan":
+        _check_type(op, "shift", shift, bool)
+        shape = target.shape
+        if shift:
+            _check_shift(input, linear_weight, target)
+            input, target = input.flatten(0, -2), _next_targets(target, ignore_index).flatten()
+
+        def loss(reduction: str) -> Tensor:
+            return linear_cross_entropy(
+                input,
+                linear_weight,
+                target,
+                linear_bias=linear_bias,
+                weight=weight,
+                reduction=reduction,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                lse_square_scale=lse_square_scale,
+                softcap=softcap,
+            )
+
+        probabilities = target.shape == (*input.shape[:-1], *linear_weight.shape[:-1])
+        output = _divided(
+            op, loss, input, target, probabilities, weight, ignore_index, reduction, num_items, all_ignored
+        )
+        return output.view(shape) if shift and reduction == "none" else output
     if linear_weight.dim() > 2:
         logits = _spatial_logits(input, linear_weight, linear_bias)
         return cross_entropy(

@@ -93,11 +93,15 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         *,
         lse_square_scale: float = 0.0,
         softcap: float | None = None,
+        num_items: float | Tensor | None = None,
+        all_ignored: str = "nan",
         inplace_backward: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.lse_square_scale = lse_square_scale
         self.softcap = softcap
+        self.num_items = num_items
+        self.all_ignored = all_ignored
         self.inplace_backward = inplace_backward
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -110,6 +114,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             label_smoothing=self.label_smoothing,
             lse_square_scale=self.lse_square_scale,
             softcap=self.softcap,
+            num_items=self.num_items,
+            all_ignored=self.all_ignored,
             inplace_backward=self.inplace_backward,
         )
 
@@ -127,7 +133,7 @@ class LinearCrossEntropyLoss(nn.Module):
         Whether the layer has a bias.
     device, dtype
         Of the parameters.
-    reduction, weight, ignore_index, label_smoothing, lse_square_scale, softcap
+    reduction, weight, ignore_index, label_smoothing, lse_square_scale, softcap, num_items, all_ignored, shift
         As for :func:`fastllm.functional.linear_cross_entropy`.
 
     Raises
@@ -152,6 +158,9 @@ class LinearCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0.0,
         lse_square_scale: float = 0.0,
         softcap: float | None = None,
+        num_items: float | Tensor | None = None,
+        all_ignored: str = "nan",
+        shift: bool = False,
     ) -> None:
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(
@@ -168,6 +177,9 @@ class LinearCrossEntropyLoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.lse_square_scale = lse_square_scale
         self.softcap = softcap
+        self.num_items = num_items
+        self.all_ignored = all_ignored
+        self.shift = shift
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.linear_cross_entropy(
@@ -181,6 +193,9 @@ class LinearCrossEntropyLoss(nn.Module):
             label_smoothing=self.label_smoothing,
             lse_square_scale=self.lse_square_scale,
             softcap=self.softcap,
+            num_items=self.num_items,
+            all_ignored=self.all_ignored,
+            shift=self.shift,
         )
 
     def extra_repr(self) -> str:
@@ -191,4 +206,10 @@ class LinearCrossEntropyLoss(nn.Module):
         )
         if self.lse_square_scale != 0:
             text += f", lse_square_scale={self.lse_square_scale}"
-        return text if self.softcap is None else f"{text}, softcap={self.softcap}"
+        if self.softcap is not None:
+            text += f", softcap={self.softcap}"
+        if self.num_items is not None:
+            text += f", num_items={self.num_items}"
+        if self.all_ignored != "nan":
+            text += f", all_ignored={self.all_ignored}"
+        return f"{text}, shift=True" if self.shift else text

@@ -41,9 +41,9 @@ def test_linear_cross_entropy_is_called_as_torch_calls_it():
     ours = inspect.signature(F.linear_cross_entropy).parameters
     assert list(ours) == [
         *("input", "linear_weight", "target", "linear_bias", "weight", "reduction", "ignore_index"),
-        *("label_smoothing", "lse_square_scale", "softcap"),
+        *("label_smoothing", "lse_square_scale", "softcap", "num_items", "all_ignored", "shift"),
     ]
-    assert [p.kind for p in ours.values()][3:] == [inspect.Parameter.KEYWORD_ONLY] * 7
+    assert [p.kind for p in ours.values()][3:] == [inspect.Parameter.KEYWORD_ONLY] * 10
     theirs = getattr(TF, "linear_cross_entropy", None)  # PyTorch 2.13
     if theirs is None:
         pytest.skip("this torch has no linear_cross_entropy")
