@@ -58,3 +58,9 @@ def test_every_environment_variable_is_documented():
     rows = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs" / "environment.md").read_text(), re.MULTILINE)
     documented = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert sorted(documented) == sorted(read)
+
+
+def test_commits_are_checked_by_the_versions_of_the_requirements():
+    hook = (ROOT / ".pre-commit-config.yaml").read_text()
+    listed = re.search(r"additional_dependencies: \[(.*)\]", hook)[1].split(", ")
+    assert len(listed) == 2 and set(listed) <= set((ROOT / "requirements.txt").read_text().splitlines())
