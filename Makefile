@@ -30,11 +30,11 @@ bench: .venv/built
 bench-quick: .venv/built
 	$(VENV_PYTHON) benchmarks/run.py --device cpu --quick
 
-# Every measurement, the plots, and README: about half an hour on two quiet cores.
+# Every measurement, the plots, docs/benchmarks.md and README: about half an hour on two quiet cores.
 bench-all: .venv/built .venv/benchmarks
 	$(VENV_PYTHON) benchmarks/everything.py
 
-# RESULTS is a folder of results; without it, the one that README shows.
+# RESULTS is a folder of results; without it, the one that docs/benchmarks.md shows.
 plots: .venv/built .venv/benchmarks
 	$(VENV_PYTHON) benchmarks/plots.py $(RESULTS)
 

@@ -130,7 +130,7 @@ if __name__ == "__main__":
         version=named_version(),
         packages=[*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.csrc"],
         package_dir={"fastllm.csrc": "csrc"},  # for `python -m fastllm build`
-        package_data={"fastllm.csrc": ["**/*"]},
+        package_data={"fastllm": ["py.typed"], "fastllm.csrc": ["**/*"]},
         include_package_data=False,
         ext_modules=[] if PURE else [Extension("fastllm._C", sources=sources)],
         cmdclass={"build_ext": Native, "build_py": Sources},

@@ -1,7 +1,7 @@
-"""Every measurement of this machine, the plots, and README: ``python benchmarks/everything.py`` (make bench-all).
+"""Every measurement of this machine, the plots, and the documents: ``python benchmarks/everything.py`` (make bench-all).
 
-Results go to the folder of benchmarks/results named after the machine, which README shows from then on. Further
-arguments go to run.py. Takes about half an hour on two quiet cores.
+Results go to the folder of benchmarks/results named after the machine, which docs/benchmarks.md and README show from then
+on. Further arguments go to run.py. Takes about half an hour on two quiet cores.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Draws the results in a folder, PNG and SVG: ``python benchmarks/plots.py [DIR]``, by default the folder in README.
+"""Draws the results in a folder, PNG and SVG: ``python benchmarks/plots.py [DIR]``, by default the folder in docs/benchmarks.md.
 
-speedup (bars by operation against the peers), bandwidth (against vocabulary size), linear_cross_entropy (time and memory
-against N and V), scaling (every series, with the floor), threads (one against two). Needs matplotlib
-(``pip install -r benchmarks/requirements.txt``).
+overview (eight cases), speedup (bars by operation against the peers), bandwidth (against vocabulary size),
+linear_cross_entropy (time and memory against N and V), scaling (every series, with the floor), threads (one against two).
+Needs matplotlib (``pip install -r benchmarks/requirements.txt``).
 """
 
 from __future__ import annotations
@@ -104,6 +104,39 @@ def draw_speedup(report: dict):
     axes[-1, 0].set_xlabel("times as fast as eager PyTorch, forward and backward (minima, logarithmic)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(subtitle(report["machine"]), fontsize=10)
+    return figure
+
+
+# Best, usual and worst: what README shows first.
+OVERVIEW = (
+    "cross_entropy gpt2 2048 fp32",
+    "cross_entropy in place gpt2 2048 bf16",
+    "embedding gpt2 16384 fp32",
+    "mse_loss aim 1024 fp32",
+    "linear_cross_entropy gpt2 2048 fp32",
+    "model small 1024 fp32",
+    "relu_mlp aim 2048 fp32",
+    "linear_relu gpt2 1024 fp32",
+)
+
+
+def draw_overview(report: dict):
+    """A bar of OVERVIEW each, longest first: those below 1 are slower than eager PyTorch, and red."""
+    cases = {c["name"]: c for c in report["cases"] if report_.trouble(c) is None}
+    chosen = sorted((cases[name] for name in OVERVIEW if name in cases), key=report_.ratio, reverse=True)
+    values = [report_.ratio(c) for c in chosen]
+    figure, axes = pyplot().subplots(figsize=(8, 3.4), layout="constrained")
+    colors = [COLORS["CCE" if report_.loses(v) else "fastllm"] for v in values]
+    axes.barh(range(len(values)), values, 0.7, color=colors)
+    for y, v in enumerate(values):
+        axes.annotate(f"{v:.2f}", (v, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(values)), [f"{c['op']}, {c['shape']}, {c['dtype']}" for c in chosen], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.1 * max(values))
+    axes.set_xlabel("times as fast as eager PyTorch, forward and backward (minima); line: equal", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(subtitle(report["machine"]), fontsize=9)
     return figure
 
 
@@ -227,6 +260,7 @@ def draw_threads(report: dict):
 
 # Plot: the file that it comes from, and how it is drawn.
 PLOTS = {
+    "overview": ("results.json", draw_overview),
     "speedup": ("results.json", draw_speedup),
     "bandwidth": ("scaling.json", draw_bandwidth),
     "linear_cross_entropy": ("scaling.json", draw_linear_cross_entropy),

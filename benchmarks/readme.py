@@ -1,6 +1,6 @@
-"""Puts tables and plots of a results folder into README.md: ``python benchmarks/readme.py [FOLDER]``.
+"""Puts a folder of results into docs/benchmarks.md and README.md: ``python benchmarks/readme.py [FOLDER]``.
 
-The first marker in README names the folder of ``benchmarks/results`` that is shown; FOLDER shows another from now on.
+The marker in docs/benchmarks.md names the folder of ``benchmarks/results`` that is shown; FOLDER shows another from now on.
 """
 
 from __future__ import annotations
@@ -17,56 +17,76 @@ import largest  # noqa: E402
 import report  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-RESULTS = Path("benchmarks") / "results"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+RESULTS = "benchmarks/results"
 SECTION = re.compile(r"<!-- benchmarks: begin (\S+) -->\n.*?<!-- benchmarks: end -->", re.DOTALL)
 
 
 def shown() -> Path:
-    """The folder that README shows."""
-    return ROOT / RESULTS / SECTION.search(README.read_text())[1]
+    """The folder that docs/benchmarks.md shows."""
+    return ROOT / RESULTS / SECTION.search(PAGE.read_text())[1]
 
 
-def _plot(title: str, folder: str, name: str) -> str:
-    return f"![{title}]({RESULTS}/{folder}/{name}.png)\n"
+def _read(folder: str, name: str) -> dict:
+    return json.loads((ROOT / RESULTS / folder / name).read_text())
 
 
-def generated(folder: str) -> str:
-    """What stands between the markers."""
+def _plot(title: str, path: str) -> str:
+    return f"![{title}]({path}.png)\n"
 
-    def read(name: str) -> dict:
-        return json.loads((ROOT / RESULTS / folder / name).read_text())
 
-    training = read("end_to_end.json")
+def for_readme(folder: str) -> str:
+    """One picture and one table."""
+    results = _read(folder, "results.json")
+    return "\n".join(
+        [
+            _plot("Times as fast as eager PyTorch, eight cases", f"{RESULTS}/{folder}/overview"),
+            report.overview(results),
+        ]
+    )
+
+
+def for_page(folder: str) -> str:
+    """Everything, with links relative to docs/."""
+    path = f"../{RESULTS}/{folder}"
+    training = _read(folder, "end_to_end.json")
     parts = [
-        report.table(read("results.json")),
-        f"Forward, backward and no-grad apart, percentiles, memory and errors of every peer: "
-        f"[table.md]({RESULTS}/{folder}/table.md).\n",
-        _plot("How many times as fast as eager PyTorch", folder, "speedup"),
-        f"Training under AdamW ({training['machine']['date']}, commit {training['machine']['commit']}): tokens a second "
+        "## Operations\n",
+        report.by_operation(_read(folder, "results.json")),
+        "Medians, percentiles, forward, backward and no-grad apart, peers, memory, errors and the targets: "
+        f"[table.md]({path}/table.md).\n",
+        _plot("How many times as fast as eager PyTorch", f"{path}/speedup"),
+        "## Training\n",
+        f"Under AdamW ({training['machine']['date']}, commit {training['machine']['commit']}): tokens a second "
         "(times eager), extra memory.\n",
         end_to_end.table(training),
+        "## The largest problem that fits\n",
         "The largest N x V whose forward and backward fit in 20 GiB, the whole process counted; calculated from peaks "
         "measured at the sizes given, and checked by predicting the last of them.\n",
-        largest.table(read("largest.json")),
+        largest.table(_read(folder, "largest.json")),
+        "## Against the size\n",
         "Bandwidth that cross_entropy reaches, time and memory of linear_cross_entropy, and one thread against two:\n",
-        _plot("Bandwidth against vocabulary", folder, "bandwidth"),
-        _plot("linear_cross_entropy against N and V", folder, "linear_cross_entropy"),
-        _plot("One thread against two", folder, "threads"),
-        f"More series: [scaling.png]({RESULTS}/{folder}/scaling.png).\n",
+        _plot("Bandwidth against vocabulary", f"{path}/bandwidth"),
+        _plot("linear_cross_entropy against N and V", f"{path}/linear_cross_entropy"),
+        _plot("One thread against two", f"{path}/threads"),
+        f"More series: [scaling.png]({path}/scaling.png).\n",
     ]
     return "\n".join(parts)
 
 
-def with_results(text: str, folder: str | None = None) -> str:
-    """README with the section made anew, from the folder given or the one that it names."""
-    folder = folder or SECTION.search(text)[1]
-    section = f"<!-- benchmarks: begin {folder} -->\n{generated(folder)}<!-- benchmarks: end -->"
-    return SECTION.sub(lambda _: section, text)
+FILES = {PAGE: for_page, README: for_readme}
+
+
+def with_results(file: Path, folder: str) -> str:
+    """The file's text with its section made anew."""
+    section = f"<!-- benchmarks: begin {folder} -->\n{FILES[file](folder)}<!-- benchmarks: end -->"
+    return SECTION.sub(lambda _: section, file.read_text())
 
 
 def main() -> int:
-    README.write_text(with_results(README.read_text(), sys.argv[1] if len(sys.argv) > 1 else None))
+    folder = sys.argv[1] if len(sys.argv) > 1 else shown().name
+    for file in FILES:
+        file.write_text(with_results(file, folder))
     return 0
 
 

@@ -1,8 +1,10 @@
-"""Results of run.py as Markdown: the table that README shows, and everything that was measured."""
+"""Results of run.py as Markdown: README's table, the tables of docs/benchmarks.md, and everything that was measured."""
 
 from __future__ import annotations
 
 import machine
+
+LARGE = 10_000_000  # bytes: below, the resident memory that is compared is mostly noise
 
 TITLES = {
     "both": "Forward and backward",
@@ -132,8 +134,72 @@ def measured_peers(report: dict) -> list[str]:
     return [n for n in report["peers"] if any(n in c.get("seconds", {}) for c in report["cases"])]
 
 
+def by_operation(report: dict) -> str:
+    """A table of six columns for each operation: what docs/benchmarks.md shows."""
+    groups: dict[str, list[dict]] = {}
+    for case in report["cases"]:
+        groups.setdefault(case["op"].split()[0], []).append(case)
+    text = f"{head(report)}\n"
+    for operation, cases in groups.items():
+        rows = [_short_row(case, operation, report["machine"]["limits"]) for case in cases]
+        columns = ["shape", "dtype", "eager ms", "fastllm ms", "times as fast", "of the limit"]
+        text += f"### {operation}\n\n{markdown(columns, rows)}\n"
+    return text + losses(report)
+
+
+def _short_row(case: dict, operation: str, limits: dict) -> list[str]:
+    variant = case["op"].removeprefix(operation).strip()
+    start = [f"{case['shape']}, {variant}" if variant else case["shape"], case["dtype"]]
+    why = trouble(case)
+    if why is not None:
+        return [*start, _cell(why)]
+    rate, limit, _ = gigabytes_or_flops(case, limits)
+    return [
+        *start,
+        *(milliseconds(case["seconds"][n]["both"]["min"]) for n in ("eager", "fastllm")),
+        f"**{ratio(case):.2f}**" + (" (loses)" if loses(ratio(case)) else ""),
+        f"{100 * rate / limit:.0f}%",
+    ]
+
+
+# What README's table says of each kind of case: what PyTorch writes for it.
+REPLACES = {
+    "embedding": "`F.embedding`",
+    "linear_relu": "`F.relu(F.linear(...))`",
+    "relu_mlp": "two `F.linear` with a ReLU between",
+    "mse_loss": "`F.mse_loss`",
+    "cross_entropy": "`F.cross_entropy`",
+    "cross_entropy in place": "the same, with `inplace_backward=True`",
+    "linear_cross_entropy": "`F.cross_entropy(F.linear(...))`",
+}
+
+
+def overview(report: dict) -> str:
+    """README's table: over all shapes and dtypes measured, the least and the most of each kind of case."""
+    rows = []
+    for operation, replaced in REPLACES.items():
+        cases = [
+            case
+            for case in report["cases"]
+            if trouble(case) is None and (case["op"] == operation or case["op"].split()[0] == operation == "embedding")
+        ]
+        speeds = sorted(ratio(case) for case in cases)
+        memory = sorted(
+            max(case["extra_peak"]["fastllm"], 0) / case["extra_peak"]["eager"]
+            for case in cases
+            if case.get("extra_peak", {}).get("eager", 0) >= LARGE
+        )
+        least_and_most = [
+            " to ".join(dict.fromkeys(f"{v:.2f}" for v in (a[0], a[-1]))) if a else "" for a in (speeds, memory)
+        ]
+        rows.append(
+            [f"`{operation.split()[0]}`" + operation.removeprefix(operation.split()[0]), replaced, *least_and_most]
+        )
+    return markdown(["operation", "replaces", "times as fast", "memory, of eager's"], rows)
+
+
 def table(report: dict) -> str:
-    """What README shows."""
+    """Every case in one table, with medians, peers, memory and errors."""
     peers = measured_peers(report)
     columns = [
         "operation",

@@ -1,4 +1,4 @@
-"""The benchmarks: README shows the committed results, whatever the machine; peers, reports, plots and comparisons work."""
+"""The benchmarks: the documents show the committed results, whatever the machine; peers, reports, plots and comparisons work."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ def benchmarks(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_readme_shows_the_committed_results():
+def test_the_documents_show_the_committed_results():
     import cases
     import end_to_end
     import largest
@@ -30,9 +30,10 @@ def test_readme_shows_the_committed_results():
     import report
     import scaling
 
-    text = readme.README.read_text()
-    assert readme.with_results(text) == text
     folder = readme.shown()
+    for file in readme.FILES:
+        assert file.read_text() == readme.with_results(file, folder.name)
+        assert f"begin {folder.name} -->" in file.read_text()
     results, scaled, training, sizes = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("results", "scaling", "end_to_end", "largest")
     )
@@ -104,6 +105,19 @@ def test_losses_failures_and_missing_peers_are_lines():
     assert "Slower than eager: lost 4 x 4 fp32 (0.80) (of 2 cases)" in text
     assert "Slower than compile: lost 4 x 4 fp32 (0.80) (of 1 cases)" in text
     assert "## Forward under no_grad" in text and "250 · 275 [262, 300]" in text and "CUDA graph" not in text
+
+
+def test_short_tables_keep_losses_failures_and_missing_peers():
+    import report
+
+    lost = result("linear_relu", 2.5) | {"extra_peak": {"eager": 10**8, "fastllm": 5 * 10**7}}
+    report_ = results(lost, result("linear_relu", 0.5), result("mse_loss", None))
+    text = report.by_operation(report_)
+    assert "### linear_relu\n" in text and "| 4 x 4 | fp32 | 2000 | 2500 | **0.80** (loses) | 20% |" in text
+    assert "| fastllm failed: why |" in text and "Not measured: Quack (not there)" in text
+    text = report.overview(report_)
+    assert "| `linear_relu` | `F.relu(F.linear(...))` | 0.80 to 4.00 | 0.50 |" in text
+    assert "| `mse_loss` | `F.mse_loss` |  |  |" in text
 
 
 def test_compare_tells_what_moved_beyond_its_noise(tmp_path, capsys):

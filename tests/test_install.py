@@ -225,7 +225,7 @@ def sane_metadata(wheel: Path, version: str) -> set[str]:
     fields = HeaderParser().parsestr(text)
     assert (fields["Name"], fields["Version"]) == ("fastllm", version)
     assert "torch>=2.11" in fields.get_all("Requires-Dist") and fields["Description-Content-Type"] == "text/markdown"
-    assert {"fastllm/_build_info.py", "fastllm/_build/plan.py"} <= names
+    assert {"fastllm/_build_info.py", "fastllm/_build/plan.py", "fastllm/py.typed"} <= names
     sources = {f"fastllm/csrc/{p.relative_to(ROOT / 'csrc').as_posix()}" for p in (ROOT / "csrc").rglob("*.*")}
     assert sources <= names and len(sources) > 50
     return names
