@@ -16,12 +16,21 @@ from fastllm import functional, memory, nn
 from fastllm._version import __version__
 from fastllm.acceleration import accelerate, accelerated
 from fastllm.backends import info, set_backend, use_backend
-from fastllm.nn import CrossEntropyLoss, Embedding, LinearCrossEntropyLoss, LinearReLU, MSELoss, ReLUMLP
+from fastllm.nn import (
+    CrossEntropyLoss,
+    Embedding,
+    LinearCrossEntropyLoss,
+    LinearLogProbs,
+    LinearReLU,
+    MSELoss,
+    ReLUMLP,
+)
 
 __all__ = [
     "CrossEntropyLoss",
     "Embedding",
     "LinearCrossEntropyLoss",
+    "LinearLogProbs",
     "LinearReLU",
     "MSELoss",
     "ReLUMLP",

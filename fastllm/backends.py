@@ -269,6 +269,25 @@ def native(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> Calla
     return _TRACEABLE[op]
 
 
+def check_eager(op: str, *tensors: torch.Tensor | None) -> None:
+    """For an operation that has no kernels: that no other backend was asked for, and nothing that it cannot take came.
+
+    Raises
+    ------
+    RuntimeError
+        A backend other than ``eager`` was asked for by name, or ``torch.func`` or forward-mode derivatives transform the
+        call, or a tensor is sparse or nested.
+    """
+    name = _chosen.name or _default
+    if name not in ("auto", "eager"):
+        raise RuntimeError(f"{op}: backend {name!r} cannot serve this call: it has no {op}; 'eager' alone serves it")
+    if _in_transform() or forward_ad._current_level >= 0:
+        raise RuntimeError(f"{op}: torch.func's transforms and forward-mode derivatives are not supported")
+    for tensor in tensors:
+        if tensor is not None and (tensor.layout is not _STRIDED or tensor.is_nested):
+            raise RuntimeError(f"{op}: it serves dense tensors, got a sparse or nested one")
+
+
 def _server(op: str, device_type: str) -> str:
     """The backend that ``auto`` takes for ``op`` on floating-point tensors of a device."""
     return next(

@@ -21,10 +21,22 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fastllm import eager
-from fastllm.backends import holds_numbers, native
-from fastllm.operations.declaration import REDUCTIONS, accumulator
+from fastllm import log_probs as _log_probs
+from fastllm.backends import check_eager, holds_numbers, native
+from fastllm.log_probs import LogProbs
+from fastllm.operations.checks import check_linear
+from fastllm.operations.declaration import DTYPES, REDUCTIONS, accumulator
 
-__all__ = ["cross_entropy", "embedding", "linear_cross_entropy", "linear_relu", "mse_loss", "relu_mlp"]
+__all__ = [
+    "cross_entropy",
+    "embedding",
+    "linear_cross_entropy",
+    "linear_log_probs",
+    "linear_relu",
+    "log_probs",
+    "mse_loss",
+    "relu_mlp",
+]
 
 _REDUCTIONS = {name: number for number, name in enumerate(REDUCTIONS)}
 _REDUCTION_NAMES = REDUCTIONS  # `in` compares: a reduction that has no hash is another value, not an error
@@ -667,6 +679,152 @@ def _spatial_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias)
     return logits.unflatten(1, linear_weight.shape[:-1])
+
+
+def log_probs(
+    input: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    outputs: tuple[str, ...] = ("log_prob",),
+    top_ids: Tensor | None = None,
+) -> LogProbs:
+    r"""Per-token statistics of logits x: of :math:`z = x / T`, or :math:`z = s\tanh(x/s) / T` under ``softcap`` s.
+
+    With :math:`p = \mathrm{softmax}(z)`, the fields of the result are
+
+    - ``log_prob``, :math:`\log p_y` of the target y;
+    - ``entropy``, :math:`-\sum_c p_c \log p_c`, where :math:`0 \log 0` is 0;
+    - ``lse``, :math:`\log\sum_c e^{z_c}`;
+    - ``top_log_prob``, :math:`\log p_c` of the classes c that ``top_ids`` names;
+    - ``argmax``, the lowest index of the largest z;
+    - ``mean_logit``, the mean of z over the classes, and ``log_sum_sq_probs``, :math:`\log\sum_c p_c^2`.
+
+    The first four are differentiable, once, for any incoming gradients of any of them.
+
+    There is no fused kernel yet: PyTorch's operations serve every device, on a chunk of rows at a time, so that no second
+    tensor of the logits' size is held in forward. It saves memory, not time.
+
+    Parameters
+    ----------
+    input : Tensor
+        ``(*, V)`` logits.
+    target : Tensor
+        ``(*)`` class indices, int64 or int32, each in ``[0, V)`` or ``ignore_index``.
+    ignore_index : int
+        Targets whose rows are not read: their numbers are 0, their argmax is -1, their gradients are 0.
+    temperature : float or Tensor
+        T, positive: a number, or a tensor of target's shape with one for each token, which gets no gradient.
+    softcap : float, optional
+        Caps the logits (Gemma 2, arXiv:2408.00118).
+    outputs : tuple of str
+        The fields that are wanted; the others are None.
+    top_ids : Tensor, optional
+        ``(*, K)`` class indices, int64, K at most 1024; with them ``top_log_prob`` is returned.
+
+    Returns
+    -------
+    LogProbs
+        A named tuple. Fields are of target's shape (``top_log_prob`` of ``top_ids``'), float32, or float64 for float64
+        input; ``argmax`` is int64.
+
+    Raises
+    ------
+    IndexError
+        A class index outside ``[0, V)`` that is not ``ignore_index``.
+    ValueError
+        A batch size that does not match, ``softcap <= 0``, ``temperature <= 0``, a name in ``outputs`` that is no
+        field, too many ``top_ids``.
+    RuntimeError
+        Other shapes, dtypes or devices that do not match; a ``temperature`` that requires a gradient; a backend other
+        than ``"eager"`` asked for by name; a second derivative, or a transform of ``torch.func``.
+    """
+    op = "log_probs"
+    ignore_index, temperature = _check_log_probs(op, ignore_index, temperature, softcap, input, target)
+    check_eager(op, input, target)
+    if input.dim() < 1:
+        raise IndexError(f"{op}: input must have at least 1 dimension, got 0")
+    if input.dtype not in DTYPES:
+        raise NotImplementedError(f"{op}: input must be float32, float64, bfloat16 or float16, got {input.dtype}")
+    return _log_probs.apply(op, input, None, None, target, ignore_index, temperature, softcap, outputs, top_ids)
+
+
+def linear_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    outputs: tuple[str, ...] = ("log_prob",),
+    top_ids: Tensor | None = None,
+) -> LogProbs:
+    """``log_probs(linear(input, linear_weight, linear_bias), target, ...)`` without the N x V logits.
+
+    Logits exist for a chunk of rows at a time, in forward and, computed again, in backward: at most 80 MiB of them in the
+    dtype of sums, unless the environment variable ``FASTLLM_LOSS_WORKSPACE`` gives another number of bytes, and never
+    fewer than 64 rows. There is no fused kernel yet: PyTorch's operations serve every device. It saves memory, not time.
+
+    Parameters
+    ----------
+    input : Tensor
+        ``(*, D)``.
+    linear_weight : Tensor
+        ``(V, D)``, of ``input``'s dtype.
+    target : Tensor
+        ``(*)`` class indices, int64 or int32, each in ``[0, V)`` or ``ignore_index``.
+    linear_bias : Tensor, optional
+        ``(V,)``, of ``input``'s dtype.
+    ignore_index, temperature, softcap, outputs, top_ids
+        As for :func:`log_probs`.
+
+    Returns
+    -------
+    LogProbs
+        As for :func:`log_probs`. Under autocast the products are taken in its dtype; the fields are float32.
+
+    Raises
+    ------
+    As :func:`log_probs`, and RuntimeError for ``linear_weight`` or ``linear_bias`` of a shape, dtype or device that does
+    not match.
+    """
+    op = "linear_log_probs"
+    ignore_index, temperature = _check_log_probs(op, ignore_index, temperature, softcap, input, linear_weight, target)
+    check_eager(op, input, linear_weight, target, linear_bias)
+    kind = input.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        input, linear_weight, linear_bias = (
+            t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+            for t in (input, linear_weight, linear_bias)
+        )
+    check_linear(op, "input", input, "linear_weight", linear_weight, "linear_bias", linear_bias)
+    return _log_probs.apply(
+        op, input, linear_weight, linear_bias, target, ignore_index, temperature, softcap, outputs, top_ids
+    )
+
+
+def _check_log_probs(
+    op: str, ignore_index: int, temperature: float | Tensor, softcap: float | None, *tensors: Tensor
+) -> tuple[int, float | Tensor]:
+    """The options, and that the arguments are tensors; ``ignore_index`` and a temperature as plain numbers."""
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: arguments must be tensors, got one of type {type(tensor).__name__}")
+    if type(ignore_index) is not int:
+        ignore_index = _integer(op, "ignore_index", ignore_index)
+    _check_numbers(op, 0.0, 0.0, softcap)
+    if not isinstance(temperature, Tensor):
+        _check_type(op, "temperature", temperature, float)
+        if not temperature > 0:
+            raise ValueError(f"{op}: temperature must be positive, got {temperature}")
+        if isinstance(temperature, numbers.Real):
+            temperature = float(temperature)
+    return ignore_index, temperature
 
 
 for _name in __all__:

@@ -7,7 +7,15 @@ from torch import Tensor, nn
 
 from fastllm import functional as F
 
-__all__ = ["CrossEntropyLoss", "Embedding", "LinearCrossEntropyLoss", "LinearReLU", "MSELoss", "ReLUMLP"]
+__all__ = [
+    "CrossEntropyLoss",
+    "Embedding",
+    "LinearCrossEntropyLoss",
+    "LinearLogProbs",
+    "LinearReLU",
+    "MSELoss",
+    "ReLUMLP",
+]
 
 
 class Embedding(nn.Embedding):
@@ -213,3 +221,73 @@ class LinearCrossEntropyLoss(nn.Module):
         if self.all_ignored != "nan":
             text += f", all_ignored={self.all_ignored}"
         return f"{text}, shift=True" if self.shift else text
+
+
+class LinearLogProbs(nn.Module):
+    """A classifier layer and per-token statistics of its logits, without these: :func:`fastllm.functional.linear_log_probs`.
+
+    The child ``linear`` holds the weight, ``(num_classes, in_features)``, and the bias. There is no fused kernel yet: the
+    layer saves memory, not time.
+
+    Parameters
+    ----------
+    in_features, num_classes : int
+        Sizes of the input and of the vocabulary.
+    bias : bool
+        Whether the layer has a bias.
+    device, dtype
+        Of the parameters.
+    ignore_index, temperature, softcap, outputs
+        As for :func:`fastllm.functional.linear_log_probs`; ``temperature`` is a number, for which a call may give another
+        or a tensor.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        outputs: tuple[str, ...] = ("log_prob",),
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.softcap = softcap
+        self.outputs = outputs
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        temperature: float | Tensor | None = None,
+        top_ids: Tensor | None = None,
+    ) -> F.LogProbs:
+        return F.linear_log_probs(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            ignore_index=self.ignore_index,
+            temperature=self.temperature if temperature is None else temperature,
+            softcap=self.softcap,
+            outputs=self.outputs,
+            top_ids=top_ids,
+        )
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
+            f"bias={self.linear.bias is not None}, ignore_index={self.ignore_index}, outputs={self.outputs}"
+        )
+        if self.temperature != 1:
+            text += f", temperature={self.temperature}"
+        return text if self.softcap is None else f"{text}, softcap={self.softcap}"

@@ -52,6 +52,20 @@ def test_linear_cross_entropy_is_called_as_torch_calls_it():
             assert ours[name].kind == p.kind and ours[name].default == p.default
 
 
+def test_per_token_statistics_take_options_by_keyword():
+    options = ["ignore_index", "temperature", "softcap", "outputs", "top_ids"]
+    for function, tensors, keywords in (
+        (F.log_probs, ["input", "target"], options),
+        (F.linear_log_probs, ["input", "linear_weight", "target"], ["linear_bias", *options]),
+    ):
+        parameters = inspect.signature(function).parameters
+        assert list(parameters) == tensors + keywords
+        assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in keywords)
+    assert F.LogProbs._fields == (
+        *("log_prob", "entropy", "lse", "argmax", "mean_logit", "log_sum_sq_probs", "top_log_prob"),
+    )
+
+
 x = torch.randn(3, 4)
 y = torch.tensor([0, 1, 2])
 table = torch.randn(5, 4)
