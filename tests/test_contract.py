@@ -216,7 +216,8 @@ def test_opcheck():
         torch.library.opcheck(op.default, arguments)
         seen.add(op.default._schema.name)
     registered = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastllm::")}
-    assert seen == registered, registered ^ seen
+    elsewhere = {"fastllm::log_probs_forward", "fastllm::log_probs_backward"}  # in test_log_probs.py
+    assert seen == registered - elsewhere, registered ^ seen
 
 
 @pytest.mark.contract
