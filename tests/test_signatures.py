@@ -66,6 +66,7 @@ def test_per_token_statistics_take_options_by_keyword():
     )
 
 
+torch.manual_seed(0)
 x = torch.randn(3, 4)
 y = torch.tensor([0, 1, 2])
 table = torch.randn(5, 4)

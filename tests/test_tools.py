@@ -85,7 +85,8 @@ def test_logits_computed_again_are_counted_again(dtype, reduction):
 
 def test_every_registered_operation_is_declared():
     registered = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastllm::")}
-    assert registered == {*operations.NAMES, *(kernel.name for kernel in operations.KERNELS)}
+    own_declaration = {"log_probs_forward", "log_probs_backward"}  # plain PyTorch, in fastllm/log_probs.py
+    assert registered - own_declaration == {*operations.NAMES, *(kernel.name for kernel in operations.KERNELS)}
 
 
 def test_flops_of_modules():
