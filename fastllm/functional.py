@@ -25,7 +25,7 @@ from fastllm import log_probs as _log_probs
 from fastllm.backends import check_eager, holds_numbers, native
 from fastllm.log_probs import LogProbs
 from fastllm.operations.checks import check_linear
-from fastllm.operations.declaration import DTYPES, REDUCTIONS, accumulator
+from fastllm.operations.declaration import DTYPES, REDUCTIONS, accumulator, autocast_to
 
 __all__ = [
     "cross_entropy",
@@ -798,10 +798,7 @@ def linear_log_probs(
     kind = input.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        input, linear_weight, linear_bias = (
-            t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-            for t in (input, linear_weight, linear_bias)
-        )
+        input, linear_weight, linear_bias = (autocast_to(t, dtype, kind) for t in (input, linear_weight, linear_bias))
     check_linear(op, "input", input, "linear_weight", linear_weight, "linear_bias", linear_bias)
     return _log_probs.apply(
         op, input, linear_weight, linear_bias, target, ignore_index, temperature, softcap, outputs, top_ids

@@ -13,7 +13,6 @@ a chunk again from the saved input.
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -22,11 +21,11 @@ from torch.nn import functional as TF
 
 from fastllm.operations import flops
 from fastllm.operations.checks import as_rows, check_device, checked_indices
+from fastllm.operations.chunks import chunk_rows, rows_within
 from fastllm.operations.declaration import accumulator
 from fastllm.operations.node import needs_grad
 
 WORKSPACE = 80 << 20  # bytes of logits held at once, unless FASTLLM_LOSS_WORKSPACE gives another number
-ROW_MULTIPLE = 64
 LEAST = -1e4  # stands for log p of -inf: exp() of it is 0, and 0 times it is 0
 MOST_TOP_IDS = 1024
 
@@ -47,16 +46,6 @@ FIELDS = LogProbs._fields
 DIFFERENTIABLE = ("log_prob", "entropy", "lse", "top_log_prob")
 
 
-def _chunk_rows(rows: int, classes: int, item: int) -> int:
-    """Rows of a chunk: even chunks, whose logits take at most the limit, but at least 64 rows."""
-    text = os.environ.get("FASTLLM_LOSS_WORKSPACE", str(WORKSPACE))
-    if not text.isdecimal() or int(text) == 0:
-        raise ValueError(f"FASTLLM_LOSS_WORKSPACE: expected a number of bytes > 0, got {text!r}")
-    most = max(int(text) // max(classes * item, 1) // ROW_MULTIPLE * ROW_MULTIPLE, ROW_MULTIPLE)
-    chunks = max(-(-rows // most), 1)
-    return max(-(-rows // chunks), 1)
-
-
 class _Rows:
     """The rows' logits, chunk by chunk, in the dtype of sums."""
 
@@ -67,7 +56,8 @@ class _Rows:
         self.dtype = accumulator(input.dtype)
         self.ignored = target == ignore_index
         self.target = target.masked_fill(self.ignored, 0).long()
-        step = _chunk_rows(len(target), self.classes, self.dtype.itemsize)
+        item = self.dtype.itemsize
+        step = chunk_rows(len(target), self.classes, item, rows_within(WORKSPACE, self.classes, item))
         self.parts = [slice(i, i + step) for i in range(0, len(target) if self.classes else 0, step)]
 
     def logits(self, part: slice) -> tuple[Tensor, Tensor | None]:

@@ -156,6 +156,17 @@ def _autocast_rule(operation: Operation) -> tuple[str, bool, list[bool], int]:
     return operation.name, rule.lower_precision, [name not in rule.keep for name in names], flag
 
 
+def autocast_to(value: object, dtype: torch.dtype, device_type: str) -> object:
+    """A tensor as autocast hands it to an operation: float64, other devices' and whatever else stays as it is."""
+    eligible = (
+        isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.device.type == device_type
+        and value.dtype != torch.float64
+    )
+    return value.to(dtype) if eligible else value
+
+
 def _cast(operation: Operation, device_type: str) -> Callable:
     """The Autocast entry of a public operation."""
     overload = getattr(getattr(torch.ops, LIBRARY), operation.name).default
@@ -166,17 +177,10 @@ def _cast(operation: Operation, device_type: str) -> Callable:
     def call(*arguments):
         dtype = torch.get_autocast_dtype(device_type) if lower_precision else torch.float32
 
-        def cast(value, wanted):
-            eligible = (
-                wanted
-                and isinstance(value, torch.Tensor)
-                and value.is_floating_point()
-                and value.device.type == device_type
-                and value.dtype != torch.float64
-            )
-            return value.to(dtype) if eligible else value
-
-        values = [cast(value, wanted) for value, wanted in zip(arguments, casts, strict=True)]
+        values = [
+            autocast_to(value, dtype, device_type) if wanted else value
+            for value, wanted in zip(arguments, casts, strict=True)
+        ]
         if flag >= 0:
             values[flag] = True
         with torch._C._ExcludeDispatchKeyGuard(keys):

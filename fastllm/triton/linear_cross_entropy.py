@@ -10,18 +10,15 @@ Without a gradient there are no gradient buffers: one chunk of logits is all tha
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllm.operations.chunks import chunk_rows
 from fastllm.triton.common import ACCUMULATORS, constant, launch
 from fastllm.triton.cross_entropy import NONE, RowLoss
 
-CHUNK_ROWS = 4096  # of logits held at once, unless FASTLLM_LOSS_WORKSPACE gives a number of bytes
-ROW_MULTIPLE = 64
 SCALE_BLOCK = 4096
 
 
@@ -33,20 +30,6 @@ def _scale_unless_one(x, factor, count, BLOCK: tl.constexpr, ACC: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + offsets, mask=offsets < count).to(ACC) * f
     tl.store(x + offsets, value.to(x.dtype.element_ty), mask=offsets < count)
-
-
-def chunk_rows(rows: int, classes: int, item: int) -> int:
-    """Rows of a chunk: even chunks, none of them much smaller than the others."""
-    most = CHUNK_ROWS
-    text = os.environ.get("FASTLLM_LOSS_WORKSPACE")
-    if text is not None:
-        if not text.isdecimal() or int(text) == 0:
-            raise ValueError(f"FASTLLM_LOSS_WORKSPACE: expected a number of bytes > 0, got {text!r}")
-        most = max(int(text) // max(classes * item, 1) // ROW_MULTIPLE * ROW_MULTIPLE, ROW_MULTIPLE)
-    if rows <= most:
-        return max(rows, 1)
-    chunks = triton.cdiv(rows, most)
-    return triton.cdiv(triton.cdiv(rows, chunks), ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
