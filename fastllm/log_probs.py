@@ -22,7 +22,7 @@ from torch.nn import functional as TF
 from fastllm.operations import flops
 from fastllm.operations.checks import as_rows, check_device, checked_indices
 from fastllm.operations.chunks import chunk_rows, rows_within
-from fastllm.operations.declaration import accumulator
+from fastllm.operations.declaration import Kernel, accumulator, declare_for_any_device
 from fastllm.operations.node import needs_grad
 
 WORKSPACE = 80 << 20  # bytes of logits held at once, unless FASTLLM_LOSS_WORKSPACE gives another number
@@ -121,11 +121,6 @@ def _empty_results(input, target, top_ids, asked) -> list[Tensor]:
     return results
 
 
-@torch.library.custom_op(
-    "fastllm::log_probs_forward",
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, {_OPTIONS}, bool[] asked) -> ({_RESULTS})",
-)
 def _forward(input, weight, bias, target, temperature, top_ids, ignore_index, number, softcap, asked):
     rows = _Rows(input, weight, bias, target, temperature, ignore_index, number, softcap)
     op = "log_probs" if weight is None else "linear_log_probs"
@@ -167,8 +162,7 @@ def _forward(input, weight, bias, target, temperature, top_ids, ignore_index, nu
     return *results, saved
 
 
-@_forward.register_fake
-def _(input, weight, bias, target, temperature, top_ids, ignore_index, number, softcap, asked):
+def _forward_fake(input, weight, bias, target, temperature, top_ids, ignore_index, number, softcap, asked):
     saved = input.new_empty((3, target.shape[0]), dtype=accumulator(input.dtype))
     return *_empty_results(input, target, top_ids, asked), saved
 
@@ -181,15 +175,6 @@ def _empty_gradients(input, weight, need_input, need_weight, need_bias) -> tuple
     )
 
 
-@torch.library.custom_op(
-    "fastllm::log_probs_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_top_log_prob, Tensor saved, "
-        f"{_ARGUMENTS}, {_OPTIONS}, bool need_input, bool need_weight, bool need_bias) "
-        "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"
-    ),
-)
 def _backward(
     grad_log_prob, grad_entropy, grad_lse, grad_top_log_prob, saved,
     input, weight, bias, target, temperature, top_ids, ignore_index, number, softcap, need_input, need_weight, need_bias,
@@ -249,16 +234,8 @@ def _backward(
     return grads[0], sums[0].to(input.dtype), sums[1].to(input.dtype)
 
 
-@_backward.register_fake
-def _(*arguments):
+def _backward_fake(*arguments):
     return _empty_gradients(arguments[5], arguments[6], *arguments[-3:])
-
-
-def _refuse_second_derivative(ctx, *_):
-    raise RuntimeError("log_probs and linear_log_probs: second derivatives are not implemented")
-
-
-_backward.register_autograd(_refuse_second_derivative)
 
 
 def _forward_flops(input, weight, *_, **__) -> int:
@@ -271,7 +248,22 @@ def _backward_flops(*arguments, **_) -> int:
     return 0 if weight is None else (1 + need_input + need_weight) * flops.layer_flops(input, weight)
 
 
-flops.register({"log_probs_forward": _forward_flops, "log_probs_backward": _backward_flops})
+FORWARD = Kernel(
+    "log_probs_forward",
+    f"({_ARGUMENTS}, {_OPTIONS}, bool[] asked) -> ({_RESULTS})",
+    _forward_fake,
+    _forward_flops,
+)
+BACKWARD = Kernel(
+    "log_probs_backward",
+    "(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_top_log_prob, Tensor saved, "
+    f"{_ARGUMENTS}, {_OPTIONS}, bool need_input, bool need_weight, bool need_bias) "
+    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    _backward_fake,
+    _backward_flops,
+)
+declare_for_any_device(FORWARD, _forward)
+declare_for_any_device(BACKWARD, _backward, "log_probs and linear_log_probs: second derivatives are not implemented")
 
 
 class LogProbsNode(torch.autograd.Function):

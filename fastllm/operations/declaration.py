@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from fastllm.operations.flops import register
+
 LIBRARY = "fastllm"
 BACKENDS = ("fastllm_cuda", "fastllm_triton")  # namespaces in which a GPU backend registers its kernels
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -120,17 +122,18 @@ class _NotDifferentiable(torch.autograd.Function):
     """A kernel operation has no derivative of its own: differentiating it is an error, not a missing gradient."""
 
     @staticmethod
-    def forward(ctx, name: str, call: Callable, *arguments):
-        ctx.name = name
+    def forward(ctx, refusal: str, call: Callable, *arguments):
+        ctx.refusal = refusal
         return call(*arguments)
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(f"derivative for {LIBRARY}::{ctx.name} is not implemented")
+        raise RuntimeError(ctx.refusal)
 
 
-def _refusing(kernel: Kernel) -> Callable:
+def _refusing(kernel: Kernel, refusal: str | None = None) -> Callable:
     """The Autograd entry of a kernel operation."""
+    refusal = refusal or f"derivative for {LIBRARY}::{kernel.name} is not implemented"
     operation = getattr(getattr(torch.ops, LIBRARY), kernel.name).default
 
     def call(*arguments):
@@ -140,10 +143,21 @@ def _refusing(kernel: Kernel) -> Callable:
     def differentiable(*arguments):
         tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return _NotDifferentiable.apply(kernel.name, call, *arguments)
+            return _NotDifferentiable.apply(refusal, call, *arguments)
         return call(*arguments)
 
     return differentiable
+
+
+def declare_for_any_device(kernel: Kernel, function: Callable, refusal: str | None = None) -> None:
+    """Declare a kernel operation that no backend has kernels for: ``function``, in PyTorch's operations, serves every
+    device. ``refusal`` is the error of whoever differentiates it."""
+    library = _libraries[LIBRARY]
+    library.define(kernel.name + kernel.schema)
+    library.impl(kernel.name, kernel.fake, "Meta")
+    library.impl(kernel.name, function, "CompositeExplicitAutograd")
+    library.impl(kernel.name, _refusing(kernel, refusal), "Autograd")
+    register({kernel.name: kernel.flops})
 
 
 def _autocast_rule(operation: Operation) -> tuple[str, bool, list[bool], int]:
