@@ -38,10 +38,12 @@ def _plot(title: str, path: str) -> str:
 def for_readme(folder: str) -> str:
     """One picture and one table."""
     results = _read(folder, "results.json")
+    machine = results["machine"]
     return "\n".join(
         [
             _plot("Times as fast as eager PyTorch, eight cases", f"{RESULTS}/{folder}/overview"),
             report.overview(results),
+            f"Measured on {machine['date']} with the code of commit {machine['commit']}.\n",
         ]
     )
 
