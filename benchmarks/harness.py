@@ -260,7 +260,8 @@ def peak_of(function: Callable, device: str) -> int:
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    memory.empty_pool()
+    if fastllm.backends.TABLE["cpu"].missing is None:
+        memory.empty_pool()
     ctypes.CDLL(None).malloc_trim(0)
     before = peak = _resident()
     stop = threading.Event()

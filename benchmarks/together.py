@@ -250,7 +250,7 @@ class Process:
 
     def __init__(self, options: argparse.Namespace, log: Path):
         read, write = os.pipe()
-        command = [sys.executable, str(RUN), "--worker", str(write), "--device", options.device]
+        command = [sys.executable, str(RUN), "--worker", str(write), "--together", "--device", options.device]
         command += ["--threads", str(options.threads), "--budget", str(options.budget), "--first", str(options.first)]
         command += ["--peers", ",".join(options.peers) or "none"] + ["--rehearse"] * options.rehearse
         self.log = log
