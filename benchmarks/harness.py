@@ -298,14 +298,15 @@ def results(case: Case, function: Callable) -> list[Tensor]:
 
 
 def _in_float64(case: Case) -> list[Tensor]:
-    low, incoming = [leaf.data for leaf in case.leaves], case.incoming
-    for leaf in case.leaves:
-        leaf.data = leaf.data.double()
+    numbers = [t for t in {id(t): t for t in (*case.arguments, *case.leaves)}.values() if t.is_floating_point()]
+    low, incoming = [t.data for t in numbers], case.incoming
+    for tensor in numbers:
+        tensor.data = tensor.data.double()
     case.incoming = None if incoming is None else incoming.double()
     truth = results(case, case.eager)
     case.incoming = incoming
-    for leaf, data in zip(case.leaves, low, strict=True):
-        leaf.data = data
+    for tensor, data in zip(numbers, low, strict=True):
+        tensor.data = data
     return truth
 
 
