@@ -37,26 +37,28 @@ class Clock:
     """Marks in time: on CUDA events, else the processor's clock.
 
     On CUDA a start first reads twice the L2 cache, so that inputs come from memory and nothing is left to be written
-    back; then the device waits for ``LEAD``, so that all launches are enqueued before the first runs: what the host
-    needs for them does not count, unless a function waits for the device.
+    back; then the device waits, so that all launches are enqueued before the first runs: what the host needs for them
+    does not count, unless a function waits for the device. It waits for ``LEAST_LEAD`` seconds, and twice as long, up to
+    ``MOST_LEAD``, for a function that was late.
     """
 
-    LEAD = 5e-4  # seconds: a forward and a backward are enqueued in 0.06 to 0.3 ms
+    LEAST_LEAD, MOST_LEAD = 5e-4, 4e-3  # a forward and a backward are enqueued in 0.06 to 1 ms
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
         if self.cuda:
             self.flush, self.sum = torch.zeros(2**25, device=device), torch.empty((), device=device)
+            self.leads: dict[Callable | None, float] = {}
             cycles = 10**7
             torch.cuda._sleep(cycles)
             start = self.mark()
             torch.cuda._sleep(cycles)
-            self.cycles = int(self.LEAD * cycles / self.seconds(start, self.mark()))
+            self.cycles = cycles / self.seconds(start, self.mark())  # a second
 
-    def start(self) -> object:
+    def start(self, function: Callable | None = None) -> object:
         if self.cuda:
             torch.sum(self.flush, 0, out=self.sum)
-            torch.cuda._sleep(self.cycles)
+            torch.cuda._sleep(int(self.cycles * self.leads.get(function, self.LEAST_LEAD)))
         return self.mark()
 
     def mark(self) -> object:
@@ -66,9 +68,12 @@ class Clock:
         event.record()
         return event
 
-    def late(self, start: object) -> bool:
-        """Whether the device already waits for the host: asked once everything after ``start`` is enqueued."""
-        return self.cuda and start.query()
+    def late(self, start: object, function: Callable) -> bool:
+        """Whether the device may have waited for the host: asked once everything after ``start`` is enqueued."""
+        late = self.cuda and start.query()
+        if late:
+            self.leads[function] = min(2 * self.leads.get(function, self.LEAST_LEAD), self.MOST_LEAD)
+        return late
 
     def seconds(self, start: object, end: object) -> float:
         if not self.cuda:
@@ -121,12 +126,12 @@ def reason(error: BaseException) -> str:
 def sample(case: Case, function: Callable, clock: Clock, modes: tuple[str, ...]) -> dict[str, float]:
     """Seconds of one forward and backward, of its halves, and of a forward without gradients; ``late``: see Clock."""
     prepare(case, function)
-    start = clock.start()
+    start = clock.start(function)
     output = function(*case.arguments)
     middle = clock.mark()
     output.backward(case.incoming)
     end = clock.mark()
-    late = clock.late(start)
+    late = clock.late(start, function)
     found = {
         "both": clock.seconds(start, end),
         "forward": clock.seconds(start, middle),
@@ -135,7 +140,7 @@ def sample(case: Case, function: Callable, clock: Clock, modes: tuple[str, ...])
     if "no_grad" in modes:
         prepare(case, function)
         with torch.no_grad():
-            start = clock.start()
+            start = clock.start(function)
             function(*case.arguments)
             found["no_grad"] = clock.seconds(start, clock.mark())
     return {mode: found[mode] for mode in modes} | {"late": late}

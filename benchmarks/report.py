@@ -213,6 +213,11 @@ def _ratio_cell(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}" + (" (loses)" if loses(value) else "")
 
 
+def _late(times: dict) -> bool:
+    """Whether the host's time counts in most rounds of a variant."""
+    return "both" in times and 2 * times["both"].get("late", 0) > times["both"]["rounds"]
+
+
 def line(case: dict, report: dict) -> str:
     """What came of one case, in a line."""
     why = trouble(case)
@@ -250,7 +255,7 @@ def short(report: dict) -> str:
                 "" if peer is None else f"{_ratio_cell(peer[0])} {peer[1]}",
                 f"{milliseconds(graphed[1])} ({graphed[0] / graphed[1]:.2f})" if len(graphed) == 2 else "",
                 " / ".join(f"{max(extra[n], 0) / 1e6:.0f}" for n in ("fastllm", "eager") if n in extra),
-                "host" if times["fastllm"]["both"].get("late") else "",
+                ", ".join(n for n, t in times.items() if _late(t)).replace("fastllm, ", ""),
             ]
         )
         failures += [

@@ -120,8 +120,8 @@ def measure_together(options: argparse.Namespace, indices: Sequence[int], out: P
         report["backends"] = list(dict.fromkeys(backends))  # the first is what auto takes
         report["peers"] = report["backends"][1:] + [n for n in options.peers if n not in report["missing"]]
         print(f"{len(found)}/{len(indices)} {report_.line(found[index], report)}", flush=True)
-        if out is not None and report["machine"] is not None:
-            _write(report, out)  # after each case: a run that is cut off loses one
+        if out is not None:
+            _write(report, out, ["results.json"])  # after each case: a run that is cut off loses one
 
     order = sorted(indices, key=lambda i: (entries[i].aim is None, i))
     together.drive(options, order, report, add)
@@ -129,13 +129,16 @@ def measure_together(options: argparse.Namespace, indices: Sequence[int], out: P
         print(f"nothing was measured: {report['cases'][0]}", file=sys.stderr)
         return 1
     print(report_.short(report))
+    if out is not None:
+        _write(report, out)
     return int(any("failed" in case for case in report["cases"]))
 
 
-def _write(report: dict, out: Path) -> None:
+def _write(report: dict, out: Path, names: Sequence[str] = ("results.json", "table.md")) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "table.md").write_text(report_.details(report))
+    for name in names:
+        text = report_.details(report) if name == "table.md" else json.dumps(report, indent=1) + "\n"
+        (out / name).write_text(text)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -40,18 +40,17 @@ SMALL = 1e-3  # seconds: below, a CUDA graph is timed, too
 ERROR_FLOPS, ERROR_ITEMS = 2e12, 2**28  # what float64 may cost; beyond, errors are those of fewer rows
 
 
-def ours(case: Case, device: str) -> dict[str, Callable]:
+def ours(case: Case, device: str, asked: str) -> dict[str, Callable]:
     """fastllm as each of its backends serves the case, as the one that was asked for if one was; ``auto``'s first."""
-    asked = backends.get_backend()
     names = [n for n in backends.TABLE if n != "eager"] if asked == "auto" else [asked]
     tensor = torch.empty(0, device=device)
     usable = [n for n in names if all(backends.TABLE[n].refusal(op, tensor) is None for op in backends.OPERATIONS)]
     return {f"fastllm {name}": harness.OfBackend(case.ours, name) for name in usable}
 
 
-def variants_of(case: Case, peers: Sequence[str], device: str) -> dict[str, Callable]:
+def variants_of(case: Case, peers: Sequence[str], mine: dict[str, Callable]) -> dict[str, Callable]:
     """Eager PyTorch, fastllm by backend, and of the peers those that have the operation."""
-    variants = {"eager": case.eager} | ours(case, device)
+    variants = {"eager": case.eager} | mine
     for name in peers:
         if name == "compile":
             torch._dynamo.reset()  # else shapes that differ from the last case's would count as dynamic
@@ -114,6 +113,7 @@ class Measuring:
         self.plan, self.options, self.tell = plan, options, tell
         self.device, self.begun = options.device, time.monotonic()
         self.peers = list(options.peers)
+        self.asked = backends.get_backend()  # before the first variant is served by another
 
     def left(self) -> float:
         return self.plan["seconds"] - (time.monotonic() - self.begun)
@@ -128,7 +128,7 @@ class Measuring:
     def first_calls(self, index: int, case: Case) -> tuple[dict[str, Callable], dict[str, dict], dict[str, float]]:
         """Variants whose first call succeeds, why the others do not, and how far each is from eager PyTorch."""
         excluded = self.plan["excluded"].get(str(index), {})
-        variants = variants_of(case, self.peers, self.device)
+        variants = variants_of(case, self.peers, ours(case, self.device, self.asked))
         failed = {n: {"failed": why} for n, why in (self.plan["dropped"] | excluded).items() if n in variants}
         working, differences, reference = {}, {}, None
         for name, function in variants.items():
@@ -182,7 +182,7 @@ class Measuring:
             result["graph"] = harness.measure_graphs(case, graphs, repeats, budget / 2)
             _usable(self.device)
         result["error_rows"] = self._rows_for_errors(index, case)
-        names, first = list(mine), next(iter(ours(case, self.device)), None)  # what auto takes
+        names, first = list(mine), next(iter(ours(case, self.device, self.asked)), None)  # what auto takes
         del case, working, mine
         _release(self.device)
         self.tell({"at": [index, "", "errors"]})
@@ -197,7 +197,7 @@ class Measuring:
         """Errors of eager and our backends, those named; nothing where that fails: the times stand."""
         case = self.case(index, rows)
         try:
-            again = {"eager": case.eager} | ours(case, self.device)
+            again = {"eager": case.eager} | ours(case, self.device, self.asked)
             return harness.errors(case, {n: f for n, f in again.items() if n in names})
         except Exception as error:
             print(f"{ENTRIES[self.device][index].name}: no errors: {harness.reason(error)}", file=sys.stderr)

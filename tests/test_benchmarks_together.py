@@ -1,6 +1,7 @@
 """Benchmarks of a GPU, rehearsed on the CPU: one process for all cases, and what becomes of variants that end or hang it."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import fastllm
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -18,9 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.delenv("CXX", raising=False)
-    threads = torch.get_num_threads()
+    threads, backend = torch.get_num_threads(), fastllm.backends.get_backend()
     yield
     torch.set_num_threads(threads)
+    fastllm.set_backend(backend)
     for path in (ROOT / "benchmarks").glob("*.py"):
         sys.modules.pop(path.stem, None)
 
@@ -148,6 +152,9 @@ def test_a_clock_waits_for_the_host_and_tells_when_it_did_not(device, monkeypatc
     assert clock.cycles > 0
     assert harness.sample(case, case.eager, clock, harness.MODES)["late"] is False
     monkeypatch.setattr(Event, "query", lambda self: True)
+    for _ in range(5):
+        assert harness.sample(case, case.eager, clock, harness.MODES)["late"] is True
+    assert clock.leads == {case.eager: clock.MOST_LEAD}
     found = harness.measure(case, {"eager": case.eager}, "cuda", 4, 0.0)
     assert found["eager"]["both"]["late"] == found["eager"]["both"]["rounds"] == harness.LEAST
     assert "late" not in found["eager"]["no_grad"]
@@ -201,6 +208,25 @@ def test_failures_are_results_and_a_lost_device_ends_the_process(device, monkeyp
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(together.Lost, match="illegal memory"):
         together.Measuring(plan(cases=indices, machine={"limits": LIMITS}), options, told.append).run()
+
+
+def test_every_backend_is_timed_in_every_case(device, monkeypatch):
+    """The backend that served the last variant is not the one that was asked for."""
+    import run
+    import together
+
+    from fastllm import backends
+
+    everywhere = dataclasses.replace(backends.TABLE["triton"], device_types=(), missing=None)
+    monkeypatch.setitem(backends.TABLE, "triton", everywhere)
+    options, indices = options_of(run, "--device", "cuda", "--ops", "mse_loss")
+    told = []
+    together.Measuring(plan(cases=indices, machine={"limits": LIMITS}), options, told.append).run()
+    results = [t["result"] for t in told if "case" in t]
+    assert len(results) == 2
+    for result in results:
+        assert {"fastllm cpu", "fastllm triton"} <= set(result["seconds"])
+        assert {"eager", "fastllm cpu", "fastllm"} <= set(result["error"])
 
 
 def test_errors_of_large_cases_are_those_of_fewer_rows(monkeypatch):
