@@ -260,7 +260,8 @@ def peak_of(function: Callable, device: str) -> int:
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    memory.empty_pool()
+    if fastllm.backends.TABLE["cpu"].missing is None:
+        memory.empty_pool()
     ctypes.CDLL(None).malloc_trim(0)
     before = peak = _resident()
     stop = threading.Event()
@@ -297,14 +298,15 @@ def results(case: Case, function: Callable) -> list[Tensor]:
 
 
 def _in_float64(case: Case) -> list[Tensor]:
-    low, incoming = [leaf.data for leaf in case.leaves], case.incoming
-    for leaf in case.leaves:
-        leaf.data = leaf.data.double()
+    numbers = [t for t in {id(t): t for t in (*case.arguments, *case.leaves)}.values() if t.is_floating_point()]
+    low, incoming = [t.data for t in numbers], case.incoming
+    for tensor in numbers:
+        tensor.data = tensor.data.double()
     case.incoming = None if incoming is None else incoming.double()
     truth = results(case, case.eager)
     case.incoming = incoming
-    for leaf, data in zip(case.leaves, low, strict=True):
-        leaf.data = data
+    for tensor, data in zip(numbers, low, strict=True):
+        tensor.data = data
     return truth
 
 

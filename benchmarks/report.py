@@ -94,7 +94,7 @@ def _row(case: dict, report: dict, peers: list[str]) -> list[str]:
         *(_peer(case, name) for name in peers),
         f"{rate / 1e9:.3g} {unit}, {100 * rate / limit:.0f}%" + _of_floor(case),
         " / ".join(f"{max(case['extra_peak'][n], 0) / 1e6:.0f}" for n in pairs) if "extra_peak" in case else "",
-        " / ".join(_worst(case["error"][n]) for n in pairs) if "error" in case else "",
+        " / ".join(_worst(case["error"][n]) for n in pairs) if case.get("error") else "",
     ]
 
 

@@ -187,6 +187,8 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     entries = ENTRIES[options.device]
     options.peers = _chosen(parser, "peers", "none" if options.quick else options.peers, peers_.NAMES)
     options.together |= options.device == "cuda"
+    if options.rehearse and (not options.together or options.out == "auto"):
+        parser.error("--rehearse: with --together or --device cuda, and no --out auto: it measures nothing")
     if options.budget is None:
         options.budget = 1.5 if options.together else 4.0
     if options.quick:

@@ -181,24 +181,28 @@ class Measuring:
             self.tell({"at": [index, "", "CUDA graphs"]})
             result["graph"] = harness.measure_graphs(case, graphs, repeats, budget / 2)
             _usable(self.device)
-        first = next((n for n in seconds if n.startswith("fastllm ")), None)  # what auto takes
-        if first is not None:
-            for part in result.values():
-                if first in part:
-                    part["fastllm"] = part[first]
-        else:
-            result["seconds"]["fastllm"] = {"failed": "no backend of it serves this device"}
-        rows = self._rows_for_errors(index, case)
-        del case, working
+        result["error_rows"] = self._rows_for_errors(index, case)
+        names, first = list(mine), next(iter(ours(case, self.device)), None)  # what auto takes
+        del case, working, mine
         _release(self.device)
         self.tell({"at": [index, "", "errors"]})
-        case = self.case(index, rows)
-        again = {n: f for n, f in ({"eager": case.eager} | ours(case, self.device)).items() if n in mine}
-        result["error"] = harness.errors(case, again)
-        if first in result["error"]:
-            result["error"]["fastllm"] = result["error"][first]
-        result["error_rows"] = rows
+        result["error"] = self.errors(index, result["error_rows"], names)
+        result["seconds"].setdefault("fastllm", {"failed": "no backend of it serves this device"})
+        for part in result.values():
+            if isinstance(part, dict) and first in part:
+                part["fastllm"] = part[first]
         return result
+
+    def errors(self, index: int, rows: int, names: list[str]) -> dict:
+        """Errors of eager and our backends, those named; nothing where that fails: the times stand."""
+        case = self.case(index, rows)
+        try:
+            again = {"eager": case.eager} | ours(case, self.device)
+            return harness.errors(case, {n: f for n, f in again.items() if n in names})
+        except Exception as error:
+            print(f"{ENTRIES[self.device][index].name}: no errors: {harness.reason(error)}", file=sys.stderr)
+            _usable(self.device)
+            return {}
 
     def _rows_for_errors(self, index: int, case: Case) -> int:
         rows = min(32, ENTRIES[self.device][index].n) if self.options.rehearse else ENTRIES[self.device][index].n
@@ -250,7 +254,7 @@ class Process:
 
     def __init__(self, options: argparse.Namespace, log: Path):
         read, write = os.pipe()
-        command = [sys.executable, str(RUN), "--worker", str(write), "--device", options.device]
+        command = [sys.executable, str(RUN), "--worker", str(write), "--together", "--device", options.device]
         command += ["--threads", str(options.threads), "--budget", str(options.budget), "--first", str(options.first)]
         command += ["--peers", ",".join(options.peers) or "none"] + ["--rehearse"] * options.rehearse
         self.log = log
@@ -307,7 +311,8 @@ class Process:
 def _prepare(options: argparse.Namespace, indices: Sequence[int], log: Path, until: float) -> None:
     """Calls everything once, in processes side by side, until a time."""
     count = min(len(indices), max(1, min(6, (os.cpu_count() or 2) // 2)))
-    processes = [Process(options, log) for _ in range(count)]
+    patient = argparse.Namespace(**vars(options) | {"first": max(1.0, until - time.monotonic())})
+    processes = [Process(patient, log) for _ in range(count)]
     try:
         for number, process in enumerate(processes):
             process.go(prepare=True, cases=indices[number::count], dropped={}, excluded={}, seconds=0, machine=None)
