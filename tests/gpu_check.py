@@ -31,8 +31,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# On a device: no thread counts, no exceptions for what stops a device instead, no compilers (test_gpu.py compiles).
-ON_DEVICE = "not thread and not compile and not opcheck and not capability and not pool"
+# On a device: no thread counts, no bad input to PyTorch's kernels, which stop the device, no compilers (test_gpu.py
+# compiles).
+ON_DEVICE = "not thread and not compile and not opcheck and not capability and not pool and not bad_input"
 SANITIZED = "test_error_against_float64 or test_products_with_an_epilogue or test_several_chunks"
 WAIT = 10  # seconds that an interrupted command gets to report
 

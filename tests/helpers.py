@@ -25,7 +25,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("FASTLLM_CUDA_HOST") == "1" or INTERPRETED
 # Where tests make their tensors (conftest.py): a GPU under FASTLLM_TEST_DEVICE=cuda.
 DEVICE = "cuda" if os.environ.get("FASTLLM_TEST_DEVICE") == "cuda" and torch.cuda.is_available() else "cpu"
-cpu_kernels = pytest.mark.skipif(EMULATED or DEVICE != "cpu", reason="about the CPU's kernels: their caches, their threads, their cuts")
+cpu_kernels = pytest.mark.skipif(
+    EMULATED or DEVICE != "cpu", reason="about the CPU's kernels: their caches, their threads, their cuts"
+)
 
 # What is granted on top of twice PyTorch's error, relative to the size of the result.
 EPSILON = {torch.float32: 2e-6, torch.float64: 2e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -141,11 +143,16 @@ def run_python(code: str, env: dict[str, str] | None = None, timeout: int = 300)
 
 
 def bytes_left(function: Callable) -> int:
-    """CPU memory, in bytes, that is allocated in ``function()`` and not freed while its result is held.
+    """Memory, in bytes, that is allocated in ``function()`` and not freed while its result is held.
 
-    Memory of ``fastllm.memory``'s pool is not seen: tensors must be smaller than 512 KiB.
+    On the CPU memory of ``fastllm.memory``'s pool is not seen: tensors must be smaller than 512 KiB. On a GPU an
+    allocation is counted in whole units of the allocator, 512 bytes.
     """
     function()  # what a first call leaves for good
+    if DEVICE == "cuda":
+        before = torch.cuda.memory_allocated()
+        held = function()
+        return torch.cuda.memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         held = function()
     del held

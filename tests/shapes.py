@@ -49,7 +49,9 @@ LIMITS = {
     # On a GPU: the constants of both, and rows longer than a cluster of blocks holds.
     "device": Limits(
         (64, 96, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 20000, 32768, 65536, 131072, 262144, 270000),
-        1 << 24, 1 << 31, 1 << 17,
+        1 << 24,
+        1 << 31,
+        1 << 17,
     ),
     "triton": Limits((64, 128, 512, 1024, 2048, 4096, 8192, 16384), 1 << 14, 1 << 16, 80),
 }

@@ -393,7 +393,8 @@ def test_nothing_is_held_after_backward(op, how, dtype):
             return output
 
         output = step()
-        assert bytes_left(step) == output.nbytes, case
+        unit = 512 if DEVICE == "cuda" else 1
+        assert bytes_left(step) == -(-output.nbytes // unit) * unit, case
         output = step()
         assert all(reference() is None for reference in own), case
 

@@ -91,9 +91,7 @@ def check(call, logits, tensors, target, *, outputs=ALL, top_ids=None, seed=0, g
     if not names or not leaves:
         return got
     incoming = [drawn(getattr(got, n), seed + i) for i, n in enumerate(names)]
-    found = torch.autograd.grad(
-        [getattr(got, n) for n in names], leaves, incoming
-    )
+    found = torch.autograd.grad([getattr(got, n) for n in names], leaves, incoming)
     expected = torch.autograd.grad(
         [truth[n] for n in names], [w for w in wide if w.requires_grad], [g.double() for g in incoming]
     )
