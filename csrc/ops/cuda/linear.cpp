@@ -31,8 +31,8 @@ std::optional<Gemm> forced_gemm(const char* op) {
   TORCH_CHECK(false, op, ": FASTLLM_CUDA_GEMM must be plain, library, mma or wgmma, got ", name);
 }
 
-// Whether the library's epilogue keeps NaN and saves a pass: measured on an H100 (cuBLASLt of CUDA 13.0, every dtype but
-// float64). With rows that are not whole pieces of 16 bytes its kernels for 16-bit items make NaN 0.
+// Whether the library's epilogue keeps NaN and saves a pass: measured on an H100 (cuBLASLt of CUDA 13.0, every dtype
+// but float64). With rows that are not whole pieces of 16 bytes its kernels for 16-bit items make NaN 0.
 bool library_keeps_nan(const Product& p) {
   if (p.hidden != nullptr || p.bias == nullptr || p.dtype == DType::kF64) return false;
   const int64_t item = p.dtype == DType::kF32 ? 4 : 2;
