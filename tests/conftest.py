@@ -47,13 +47,21 @@ def pytest_addoption(parser):
     parser.addoption("--part", default="1/1", help="k/n: a share of the selected tests; n such runs are all of them")
 
 
-def pytest_runtest_logreport(report):
+def _note_failure(report, when: str) -> None:
     file = os.environ.get("FASTLLM_TEST_FAILURES")
     if file and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:  # a worker's reports reach its parent
         crash = getattr(report.longrepr, "reprcrash", None)
-        reason = " ".join((crash.message if crash else str(report.longrepr)).split())[:300]
+        reason = crash.message[:300] if crash else str(report.longrepr)[-300:]  # a traceback ends in the error
         with open(file, "a") as out:
-            out.write(f"{report.nodeid} ({report.when}): {reason}\n")
+            out.write(f"{report.nodeid} ({when}): {' '.join(reason.split())}\n")
+
+
+def pytest_collectreport(report):
+    _note_failure(report, "collection")
+
+
+def pytest_runtest_logreport(report):
+    _note_failure(report, report.when)
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k

@@ -77,7 +77,7 @@ def commands(out: Path, workers: int, peers: str) -> dict[str, list[Command]]:
     def backend(name: str) -> list[Command]:
         env = {**device, **({} if name == "auto" else {"FASTLLM_BACKEND": name})}
         tests = [*pytest, *side_by_side, "--maxfail=60"]
-        files = [f"tests/test_{name}.py" for name in ("contract", "opinfo", *OPERATIONS)]
+        files = [f"tests/test_{about}.py" for about in ("contract", "opinfo", *OPERATIONS)]
         chosen = [*files, "-m", "not slow", "-k", ON_DEVICE]
         shapes = [python, "tests/shapes.py", "--cases", "600", "--seed", "1", "--workers", str(workers)]
         found = [
