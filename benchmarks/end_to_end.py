@@ -229,7 +229,7 @@ def main() -> int:
     import machine
     from run import WARM_MALLOC
 
-    from fastllm.lm.training import ProgressBar
+    from fastllm.lm.progress import ProgressBar
 
     titles = [*MLPS, *OPT[options.device]]
     report: dict = {"machine": machine.facts(options.threads, options.device), "models": {}, "warm_malloc": {}}

@@ -94,7 +94,7 @@ def main() -> int:
     options = parser.parse_args()
     import machine
 
-    from fastllm.lm.training import ProgressBar
+    from fastllm.lm.progress import ProgressBar
 
     report: dict = {"machine": machine.where(machine.facts(options.threads, "cpu")), "results": []}
     progress = ProgressBar(sum(map(len, ROWS.values())))

@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = machine.folder(options.out, options.device)
     if options.together:
         return measure_together(options, indices, out)
-    from fastllm.lm.training import ProgressBar
+    from fastllm.lm.progress import ProgressBar
 
     missing = peers_.missing(set(options.peers))
     report: dict = {

@@ -103,7 +103,7 @@ def main() -> int:
     options = parser.parse_args()
     import machine
 
-    from fastllm.lm.training import ProgressBar
+    from fastllm.lm.progress import ProgressBar
 
     threads = sorted({1, options.threads}) if options.device == "cpu" else [options.threads]
     wanted = [(series, size) for series, (_, sizes, _) in SERIES.items() for size in sizes]

@@ -89,7 +89,7 @@ def write(path: str | Path, checkpoint: Checkpoint) -> None:
     """
     safetensors = need("safetensors.torch", "a checkpoint")
     path = Path(path)
-    scalars = {name: value for name, value in _shallow(checkpoint).items() if name != "tensors"}
+    scalars = {name: value for name, value in vars(checkpoint).items() if name != "tensors"}
     header = {_KEY: json.dumps({"version": VERSION, **scalars}, allow_nan=False)}
     part = path.with_name(path.name + ".part")
     try:
@@ -106,10 +106,6 @@ def write(path: str | Path, checkpoint: Checkpoint) -> None:
             part.unlink()
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise OSError(f"cannot write the checkpoint {path}: {reason}") from error
-
-
-def _shallow(checkpoint: Checkpoint) -> dict:
-    return {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
 
 
 def _to_disk(path: Path) -> None:

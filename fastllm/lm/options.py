@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 CHANGEABLE = "changeable"
@@ -91,7 +91,7 @@ class Options:
         ValueError
             Options that exclude each other.
         """
-        made = Options(**vars(self))
+        made = replace(self)
         transformer = self.model == "transformer"
         if not transformer and self.heads is not None:
             raise ValueError("--heads is an option of the transformer")
@@ -173,4 +173,4 @@ def changed(options: Options, wanted: dict) -> Options:
                 f"{flag(one.name)} cannot change in a resumed run, which has {getattr(options, one.name)}; "
                 f"these can: {free}"
             )
-    return Options(**{**vars(options), **wanted})
+    return replace(options, **wanted)

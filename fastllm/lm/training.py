@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from fastllm.lm import checkpoint
 from fastllm.lm.data import Windows
 from fastllm.lm.options import Options
-from fastllm.lm.progress import ProgressBar
 from fastllm.models.base import LanguageModel
 from fastllm.models.sampling import evaluation_mode
-
-__all__ = ["ProgressBar", "Trainer", "compare_with_eager", "mean_loss"]
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BATCH, _DROPOUT = range(2)  # what random numbers are for

@@ -46,16 +46,7 @@ def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None 
     return logits
 
 
-def draw(
-    next_logits: Callable[[Tensor], Tensor],
-    ids: Tensor,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-    stop_id: int | None = None,
-) -> Iterator[Tensor]:
+def draw(next_logits, ids, max_new_tokens, temperature, top_k, top_p, generator, stop_id) -> Iterator[Tensor]:
     """The words that :func:`generate` appends to ``ids`` ``(B, T)``, ``(B, 1)`` at a time, as they are drawn."""
     stopped = torch.zeros(ids.shape[0], 1, dtype=torch.bool, device=ids.device)
     for _ in range(max_new_tokens):
