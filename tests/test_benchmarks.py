@@ -1,24 +1,21 @@
 """The benchmarks: the documents show the committed results, whatever the machine; peers, reports, plots and comparisons work."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import modules_of
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
 
 
 @pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def benchmarks():
     threads = torch.get_num_threads()
-    yield
+    with modules_of(ROOT / "benchmarks"):
+        yield
     torch.set_num_threads(threads)
-    for name in MODULES:
-        sys.modules.pop(name, None)
 
 
 def test_the_documents_show_the_committed_results():

@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import modules_of
 from torch.overrides import TorchFunctionMode
 
 import fastllm
@@ -19,14 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.delenv("CXX", raising=False)
     threads, backend = torch.get_num_threads(), fastllm.backends.get_backend()
-    yield
+    with modules_of(ROOT / "benchmarks"):
+        yield
     torch.set_num_threads(threads)
     fastllm.set_backend(backend)
-    for path in (ROOT / "benchmarks").glob("*.py"):
-        sys.modules.pop(path.stem, None)
 
 
 LIMITS = {"copy": 1e9, "in_place": 1e9, "gemm_fp32": 1e9, "gemm_bf16": 1e9, "eager_fp32": 1e9, "eager_bf16": 1e9}
