@@ -16,6 +16,7 @@ from fastllm import functional, memory, nn
 from fastllm._version import __version__
 from fastllm.acceleration import accelerate, accelerated
 from fastllm.backends import info, set_backend, use_backend
+from fastllm.invariance import batch_invariant
 from fastllm.nn import (
     CrossEntropyLoss,
     Embedding,
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "accelerated",
+    "batch_invariant",
     "functional",
     "info",
     "memory",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastllm.invariance import linear
+
 
 def embedding(
     input: Tensor,
@@ -26,12 +28,12 @@ def embedding(
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``max(input @ weight.T + bias, 0)``."""
-    return torch.relu(F.linear(input, weight, bias))
+    return torch.relu(linear(input, weight, bias))
 
 
 def relu_mlp(input: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
     """``max(input @ weight1.T + bias1, 0) @ weight2.T + bias2``."""
-    return F.linear(torch.relu(F.linear(input, weight1, bias1)), weight2, bias2)
+    return linear(torch.relu(linear(input, weight1, bias1)), weight2, bias2)
 
 
 def mse_loss(input: Tensor, target: Tensor, reduction: str = "mean", weight: Tensor | None = None) -> Tensor:
@@ -117,5 +119,5 @@ def linear_cross_entropy(
     softcap: float | None = None,
 ) -> Tensor:
     """``cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)``."""
-    logits = F.linear(input, linear_weight, linear_bias)
+    logits = linear(input, linear_weight, linear_bias)
     return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, lse_square_scale, softcap)

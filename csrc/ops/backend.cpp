@@ -10,6 +10,8 @@ namespace {
 
 std::atomic<int64_t> process_choice{kAuto};
 thread_local int64_t thread_choice = -1;
+std::atomic<bool> process_invariant{false};
+thread_local bool backward_invariant = false;
 
 // A kernel operation in the namespaces of the backends.
 struct Servers {
@@ -42,6 +44,9 @@ int64_t current() { return thread_choice >= 0 ? thread_choice : process_choice.l
 void set_for_process(int64_t choice) { process_choice.store(choice, std::memory_order_relaxed); }
 void set_for_thread(int64_t choice) { thread_choice = choice; }
 
+bool batch_invariant() { return backward_invariant || process_invariant.load(std::memory_order_relaxed); }
+void set_batch_invariant(bool invariant) { process_invariant.store(invariant, std::memory_order_relaxed); }
+
 void route(const std::vector<std::string>& kernels) {
   const auto handle = [](const std::string& name) {
     return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
@@ -59,12 +64,17 @@ void route(const std::vector<std::string>& kernels) {
 
 void save(torch::autograd::AutogradContext* ctx) {
   if (const int64_t choice = current(); choice != kAuto) ctx->saved_data["backend"] = choice;
+  if (batch_invariant()) ctx->saved_data["batch_invariant"] = true;
 }
 
-Restored::Restored(torch::autograd::AutogradContext* ctx) : before_(thread_choice) {
+Restored::Restored(torch::autograd::AutogradContext* ctx) : before_(thread_choice), was_invariant_(backward_invariant) {
   const auto saved = ctx->saved_data.find("backend");
   if (saved != ctx->saved_data.end()) thread_choice = saved->second.toInt();
+  backward_invariant = backward_invariant || ctx->saved_data.count("batch_invariant") != 0;
 }
-Restored::~Restored() { thread_choice = before_; }
+Restored::~Restored() {
+  thread_choice = before_;
+  backward_invariant = was_invariant_;
+}
 
 }  // namespace fastllm::backend

@@ -22,7 +22,13 @@ void set_for_thread(int64_t choice);
 // Passes kernel operations on CUDA and XPU tensors on to the chosen backend. Once, when the module has been imported.
 void route(const std::vector<std::string>& kernels);
 
-// A backward pass runs in threads of the autograd engine: it takes the backend of its forward pass along.
+// Whether a row's numbers must not depend on the other rows (fastllm.batch_invariant): in this process, or in the
+// backward pass that runs.
+bool batch_invariant();
+void set_batch_invariant(bool invariant);
+
+// A backward pass runs in threads of the autograd engine: it takes the backend of its forward pass along, and whether
+// that was batch-invariant.
 void save(torch::autograd::AutogradContext* ctx);
 
 class Restored {
@@ -34,6 +40,7 @@ class Restored {
 
  private:
   int64_t before_;
+  bool was_invariant_;
 };
 
 }  // namespace fastllm::backend

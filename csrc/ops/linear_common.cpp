@@ -3,9 +3,12 @@
 #include <ATen/ExpandUtils.h>
 
 #include "../cpu/linear_relu.h"
+#include "../cpu/parallel.h"
+#include "../cpu/row_product.h"
 #include "gemm.h"
 
 FASTLLM_DEFINE_DISPATCH(LinearReluKernels, linear_relu)
+FASTLLM_DEFINE_DISPATCH(RowProductKernels, row_product)
 
 namespace fastllm {
 
@@ -96,11 +99,39 @@ bool try_small_product(const Tensor& c, const Tensor& a, const Tensor& b, const 
   return run_small(c, {a, false}, {b, false}, bias, relu, column_sums);
 }
 
+bool try_row_product(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& bias, bool relu) {
+  if (!backend::batch_invariant()) return false;
+  cpu::RowProduct s{};
+  s.dtype = dtype_tag(a);
+  s.a = data(a);
+  s.a_row = a.stride(0);
+  s.a_inner = a.stride(1);
+  s.b = data(b);
+  s.b_inner = b.stride(0);
+  s.b_column = b.stride(1);
+  s.bias = bias.defined() ? data(bias) : nullptr;
+  s.relu = relu;
+  s.c = c.mutable_data_ptr();
+  s.c_row = c.stride(0);
+  s.rows = a.size(0);
+  s.inner = a.size(1);
+  s.columns = b.size(1);
+  const Tensor workspace = pool::empty({num_threads() * cpu::row_product().workspace(s)}, at::kByte);
+  s.workspace = workspace.mutable_data_ptr();
+  cpu::row_product().multiply(s);
+  return true;
+}
+
 Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
   const int64_t rows = input.size(0), columns = weight.size(0);
   const Tensor b = defined(bias) ? bias->contiguous() : Tensor();
   const DType dtype = dtype_tag(input);
   const auto& kernels = cpu::linear_relu();
+  if (backend::batch_invariant()) {
+    const Tensor y = pool::empty({rows, columns}, input.scalar_type());
+    try_row_product(y, input, weight.t(), b, relu);
+    return y;
+  }
   if (!cpu::is_small_product(rows, input.size(1), columns, true)) {
     if (const OptionalTensor z = try_onednn_bf16(input, weight, bias)) {
       if (relu) kernels.bias_relu(dtype, z->mutable_data_ptr(), nullptr, rows, columns);
@@ -117,6 +148,20 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptionalTenso
   gemm_out(y, input, weight.t(), early_bias ? 1 : 0);
   if (relu) kernels.bias_relu(dtype, y.mutable_data_ptr(), b.defined() && late_bias ? data(b) : nullptr, rows, columns);
   return y;
+}
+
+Tensor linear_definition(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  constexpr int64_t kRows = 128;
+  if (!backend::batch_invariant() || input.dim() == 0 || weight.dim() != 2 ||
+      input.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || input.numel() == 0)
+    return at::linear(input, weight, bias);
+  const Tensor rows = as_rows(input);
+  const int64_t n = rows.size(0), past = (kRows - n % kRows) % kRows;
+  std::vector<Tensor> blocks = at::constant_pad_nd(rows, {0, 0, 0, past}).split(kRows);
+  for (Tensor& block : blocks) block = at::linear(block, weight, bias);
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = weight.size(0);
+  return at::cat(blocks).narrow(0, 0, n).reshape(shape);
 }
 
 MaskedGradient mask_gradient(const Tensor& dy, const OptionalTensor& y, bool need_bias, bool in_place) {
@@ -145,6 +190,13 @@ Tensor product(const Tensor& a, const Tensor& b) {
   const Tensor out = pool::empty({a.size(0), b.size(1)}, a.scalar_type());
   if (out.numel() == 0 || try_small_product(out, a, b, Tensor(), false)) return out;
   gemm_out(out, a, b);
+  return out;
+}
+
+Tensor row_product(const Tensor& a, const Tensor& b) {
+  if (!backend::batch_invariant()) return product(a, b);
+  const Tensor out = pool::empty({a.size(0), b.size(1)}, a.scalar_type());
+  try_row_product(out, a, b, Tensor(), false);
   return out;
 }
 

@@ -26,8 +26,17 @@ struct MaskedGradient {
 };
 MaskedGradient mask_gradient(const Tensor& dy, const OptionalTensor& y, bool need_bias, bool in_place);
 
-// a b, and a^T b, into pooled memory.
+// c = relu(a b + bias) for a of one row a token: under fastllm.batch_invariant by a kernel whose rows do not depend on
+// each other (true), else nothing is done (false).
+bool try_row_product(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& bias, bool relu);
+
+// PyTorch's linear, for whatever is differentiated again; under fastllm.batch_invariant in blocks of one number of
+// rows.
+Tensor linear_definition(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+
+// a b, and a^T b, into pooled memory. row_product: a's rows are tokens, and try_row_product is asked first.
 Tensor product(const Tensor& a, const Tensor& b);
+Tensor row_product(const Tensor& a, const Tensor& b);
 Tensor product_of_turned(const Tensor& a, const Tensor& b);
 
 // input as (rows, features): a view where its layout allows one.

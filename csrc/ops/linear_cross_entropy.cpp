@@ -139,11 +139,14 @@ class Walk {
   }
 
   static void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-    if (out.numel() > 0 && !try_small_product(out, a, b, Tensor(), false)) gemm_out(out, a, b);
+    if (out.numel() > 0 && !try_row_product(out, a, b, Tensor(), false) &&
+        !try_small_product(out, a, b, Tensor(), false))
+      gemm_out(out, a, b);
   }
 
   void compute_logits(const Tensor& x, const Tensor& z) const {
-    if (z.numel() == 0 || try_small_product(z, x, weight_.t(), bias_, false)) return;
+    if (z.numel() == 0 || try_row_product(z, x, weight_.t(), bias_, false)) return;
+    if (try_small_product(z, x, weight_.t(), bias_, false)) return;
     if (bias_.defined())
       cpu::linear_relu().fill_rows(dtype_tag(z), z.mutable_data_ptr(), data(bias_), z.size(0), stride_);
     gemm_out(z, x, weight_.t(), bias_.defined() ? 1 : 0);
@@ -249,7 +252,7 @@ constexpr Dispatched<"fastllm::linear_cross_entropy_scale_", decltype(scale_cpu)
 
 Tensor definition(const variable_list& a, const OptionalTensor& weight, const LossOptions& options) {
   const OptionalTensor bias = a[3].defined() ? OptionalTensor(a[3]) : std::nullopt;
-  const Tensor loss = cross_entropy_definition(at::linear(a[0], a[1], bias), a[2], weight, options);
+  const Tensor loss = cross_entropy_definition(linear_definition(a[0], a[1], bias), a[2], weight, options);
   return loss.to(acc_dtype(loss.scalar_type()));
 }
 

@@ -6,7 +6,7 @@ namespace fastllm {
 namespace {
 
 Tensor definition(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  return at::relu(at::linear(input, weight, bias));
+  return at::relu(linear_definition(input, weight, bias));
 }
 
 // --- plain operations: input (M, K), weight (N, K), bias (N) -----------------------------------------------------
@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_output, const
                                                 bool need_input, bool need_weight, bool need_bias) {
   const MaskedGradient g = mask_gradient(grad_output, output, need_bias, false);
   const auto none = [&] { return pool::empty({0}, output.scalar_type()); };
-  return {need_input ? product(g.dz, *weight) : none(), need_weight ? product_of_turned(g.dz, *input) : none(),
+  return {need_input ? row_product(g.dz, *weight) : none(), need_weight ? product_of_turned(g.dz, *input) : none(),
           need_bias ? g.bias : none()};
 }
 
@@ -53,8 +53,8 @@ class LinearReluBackward : public torch::autograd::Function<LinearReluBackward> 
     if (at::GradMode::is_enabled()) {
       // In PyTorch's operations, to be differentiated again. The mask has no derivative.
       const Tensor dz = at::threshold_backward(g, output.detach(), 0);
-      return {need_input ? dz.mm(weight) : Tensor(), need_weight ? dz.t().mm(input) : Tensor(),
-              need_bias ? dz.sum(0) : Tensor()};
+      return {need_input ? linear_definition(dz, weight.t(), std::nullopt) : Tensor(),
+              need_weight ? dz.t().mm(input) : Tensor(), need_bias ? dz.sum(0) : Tensor()};
     }
     const auto [gi, gw, gb] =
         backward_rows(g, output, optional(input), optional(weight), need_input, need_weight, need_bias);

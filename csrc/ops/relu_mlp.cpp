@@ -9,7 +9,7 @@ namespace {
 
 Tensor definition(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1, const Tensor& weight2,
                   const OptionalTensor& bias2) {
-  return at::linear(at::relu(at::linear(input, weight1, bias1)), weight2, bias2);
+  return linear_definition(at::relu(linear_definition(input, weight1, bias1)), weight2, bias2);
 }
 
 // --- plain operations: input (M, K), weight1 (H, K), weight2 (N, H) ----------------------------------------------
@@ -30,8 +30,8 @@ Gradients backward_cpu(const Tensor& grad_output, const OptionalTensor& hidden, 
   const MaskedGradient outer = mask_gradient(grad_output, std::nullopt, need_bias2, false);
   MaskedGradient inner;
   if (need_input || need_weight1 || need_bias1)
-    inner = mask_gradient(product(outer.dz, *weight2), hidden, need_bias1, true);
-  return {need_input ? product(inner.dz, *weight1) : none(), need_weight1 ? product(inner.dz.t(), *input) : none(),
+    inner = mask_gradient(row_product(outer.dz, *weight2), hidden, need_bias1, true);
+  return {need_input ? row_product(inner.dz, *weight1) : none(), need_weight1 ? product(inner.dz.t(), *input) : none(),
           need_bias1 ? inner.bias : none(), need_weight2 ? product(outer.dz.t(), *hidden) : none(),
           need_bias2 ? outer.bias : none()};
 }
@@ -90,10 +90,11 @@ class ReluMlpBackward : public torch::autograd::Function<ReluMlpBackward> {
     if (g.defined() && need_weight2) grads[3] = g.t().mm(hidden);
     if (g.defined() && need_bias2) grads[4] = g.sum(0);
     Tensor sum = g_hidden;
-    if (g.defined() && weight2.defined()) sum = sum.defined() ? sum + g.mm(weight2) : g.mm(weight2);
+    const Tensor inner = g.defined() && weight2.defined() ? linear_definition(g, weight2.t(), std::nullopt) : Tensor();
+    if (inner.defined()) sum = sum.defined() ? sum + inner : inner;
     if (!sum.defined() || !(need_input || need_weight1 || need_bias1)) return grads;
     const Tensor dz = at::threshold_backward(sum, hidden.detach(), 0);
-    if (need_input) grads[0] = dz.mm(weight1);
+    if (need_input) grads[0] = linear_definition(dz, weight1.t(), std::nullopt);
     if (need_weight1) grads[1] = dz.t().mm(input);
     if (need_bias1) grads[2] = dz.sum(0);
     return grads;

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as TF
 
+from fastllm import invariance
 from fastllm.operations.checks import (
     check_class_weight,
     check_device,
@@ -34,7 +34,7 @@ from fastllm.operations.node import (
 
 def definition(input, linear_weight, target, linear_bias, weight, options) -> Tensor:
     """The loss in PyTorch's differentiable operations, in the accumulator's dtype."""
-    logits = TF.linear(input, linear_weight, linear_bias)
+    logits = invariance.linear(input, linear_weight, linear_bias)
     loss = cross_entropy_definition(logits, target, weight, options)
     return loss.to(accumulator(loss.dtype))
 
@@ -98,6 +98,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         # An optimizer may change the bias before backward, which otherwise reads it only for second derivatives.
         bias = linear_bias if early or linear_bias is None else linear_bias.clone()
         ctx.save_for_backward(input, linear_weight, target, bias, weight)
+        ctx.invariant = invariance.active()
         ctx.options, ctx.bias = options, None if early else linear_bias
         needs = (need_input, need_weight, need_bias)
         keep_formed(ctx, *(g if early and need else None for g, need in zip(grads, needs, strict=True)))
@@ -122,9 +123,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             _drop(ctx)
             return *grads, None, None
         needs = (need_input, need_weight, need_bias)
-        found = torch.ops.fastllm.linear_cross_entropy_backward(
-            grad_output, input, linear_weight, target, bias, weight, *ctx.options, *needs
-        )
+        with invariance.mode_of(ctx.invariant):
+            found = torch.ops.fastllm.linear_cross_entropy_backward(
+                grad_output, input, linear_weight, target, bias, weight, *ctx.options, *needs
+            )
         grads = [g if need else None for g, need in zip(found, needs, strict=True)]
         _drop(ctx)
         return grads[0], grads[1], None, grads[2], None, None

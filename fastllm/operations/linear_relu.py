@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastllm import eager
+from fastllm import eager, invariance
 from fastllm.operations.checks import as_rows, broadcasts_bias, check_given, check_linear
 from fastllm.operations.declaration import Autocast, Kernel, Operation
 from fastllm.operations.flops import layer_flops
@@ -42,6 +42,7 @@ class LinearReLU(torch.autograd.Function):
         output = torch.ops.fastllm.linear_relu_forward(input, weight, bias)
         need_input, need_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(output, input if need_weight else None, weight if need_input else None)
+        ctx.invariant = invariance.active()
         return output
 
     @staticmethod
@@ -52,13 +53,14 @@ class LinearReLU(torch.autograd.Function):
             # The ReLU has no second derivative: the mask is a constant.
             masked = torch.where(output.detach() <= 0, 0, grad_output)
             return (
-                masked @ weight if need_input else None,
+                invariance.linear(masked, weight.t()) if need_input else None,
                 masked.t() @ input if need_weight else None,
                 masked.sum(0) if need_bias else None,
             )
-        grads = torch.ops.fastllm.linear_relu_backward(
-            grad_output, output, input, weight, need_input, need_weight, need_bias
-        )
+        with invariance.mode_of(ctx.invariant):
+            grads = torch.ops.fastllm.linear_relu_backward(
+                grad_output, output, input, weight, need_input, need_weight, need_bias
+            )
         return tuple(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=True))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastllm import eager
+from fastllm import eager, invariance
 from fastllm.operations.checks import as_rows, broadcasts_bias, check_given, check_linear
 from fastllm.operations.declaration import Autocast, Kernel, Operation
 from fastllm.operations.flops import layer_flops
@@ -55,6 +55,7 @@ class ReLUMLP(torch.autograd.Function):
         need_input, need_weight1, need_bias1, need_weight2, _ = ctx.needs_input_grad
         need_hidden = need_input or need_weight1 or need_bias1
         ctx.set_materialize_grads(False)
+        ctx.invariant = invariance.active()
         ctx.save_for_backward(
             hidden if need_hidden or need_weight2 else None,
             input if need_weight1 else None,
@@ -70,12 +71,13 @@ class ReLUMLP(torch.autograd.Function):
         if torch.is_grad_enabled() or grad_hidden is not None:
             grad = grad_hidden
             if grad_output is not None and (need_input or need_weight1 or need_bias1):
-                grad = grad_output @ weight2 if grad is None else grad + grad_output @ weight2
+                inner = invariance.linear(grad_output, weight2.t())
+                grad = inner if grad is None else grad + inner
             # The ReLU has no second derivative: the mask is a constant.
             masked = None if grad is None else torch.where(hidden.detach() <= 0, 0, grad)
             first, second = masked is not None, grad_output is not None
             return (
-                masked @ weight1 if first and need_input else None,
+                invariance.linear(masked, weight1.t()) if first and need_input else None,
                 masked.t() @ input if first and need_weight1 else None,
                 masked.sum(0) if first and need_bias1 else None,
                 grad_output.t() @ hidden if second and need_weight2 else None,
@@ -83,7 +85,8 @@ class ReLUMLP(torch.autograd.Function):
             )
         if grad_output is None:
             return (None,) * 5
-        grads = torch.ops.fastllm.relu_mlp_backward(grad_output, hidden, input, weight1, weight2, *needs)
+        with invariance.mode_of(ctx.invariant):
+            grads = torch.ops.fastllm.relu_mlp_backward(grad_output, hidden, input, weight1, weight2, *needs)
         return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
