@@ -98,6 +98,16 @@ def test_long_rows(dtype, classes):
     check(logits(2, classes, dtype), targets(2, classes), reduction="sum")
 
 
+@LOW_AND_HIGH
+def test_long_rows_where_clusters_have_no_room(monkeypatch, dtype):
+    monkeypatch.setenv("FASTLLM_CUDA_HOST_CLUSTER", "2")
+    for smoothing in (0.0, 0.1):
+        check(logits(2, 40_000, dtype), targets(2, 40_000), reduction="sum", label_smoothing=smoothing)
+    monkeypatch.setenv("FASTLLM_CUDA_STRATEGY", "cluster4")
+    with pytest.raises(RuntimeError, match="clusters of 4"):
+        F.cross_entropy(logits(2, 40_000, dtype), targets(2, 40_000))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_start_anywhere(strategy, dtype):
     """Views whose rows' distance from a boundary changes from row to row, with a gradient at other distances."""

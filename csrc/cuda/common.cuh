@@ -1,5 +1,6 @@
 // Shared by all kernels: accumulators, reductions, tails of unaligned rows, the launch.
 #pragma once
+#include <atomic>
 #include <limits>
 
 #include "primitives.cuh"
@@ -86,6 +87,66 @@ struct Shape {
   int cluster = 1;    // blocks of a cluster; more than 1 needs sm_90
 };
 
+#ifdef __CUDACC__
+// A failure that is returned must not stay behind as the runtime's last error: PyTorch would report it after its own
+// next kernel.
+inline Status returned(cudaError_t status) {
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
+// What a kernel must be allowed before it runs in this shape.
+template <class Kernel>
+cudaError_t allow_shape(Kernel kernel, const Shape& shape) {
+  constexpr size_t kSharedWithoutAsking = 48 << 10;
+  constexpr int kClusterWithoutAsking = 8;
+  cudaError_t status = cudaSuccess;
+  if (shape.shared > kSharedWithoutAsking)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared));
+  if (status == cudaSuccess && shape.cluster > kClusterWithoutAsking)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return status;
+}
+
+// `attribute` must outlive the result.
+inline cudaLaunchConfig_t config_of(const Shape& shape, cudaLaunchAttribute* attribute) {
+  attribute->id = cudaLaunchAttributeClusterDimension;
+  attribute->val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = shape.shared;
+  config.attrs = attribute;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  return config;
+}
+#endif
+
+// Whether the current device has room for one cluster of this shape. The hardware places a cluster within a group of
+// multiprocessors, which is small on a part of a GPU (MIG). The device is asked once.
+template <auto kernel>
+bool cluster_fits(const Shape& shape) {
+#ifndef __CUDACC__
+  return shape.cluster <= cuda_host::largest_cluster();
+#else
+  constexpr int kDevices = 64, kClusters = 32;  // whose answers are kept
+  enum : signed char { kUnknown, kFits, kDoesNotFit };
+  static std::atomic<signed char> answers[kDevices][kClusters];
+  int device = 0, clusters = 0;
+  if (returned(cudaGetDevice(&device)) != cudaSuccess) return false;
+  std::atomic<signed char>* answer =
+      device < kDevices && shape.cluster < kClusters ? &answers[device][shape.cluster] : nullptr;
+  if (answer != nullptr && *answer != kUnknown) return *answer == kFits;
+  cudaLaunchAttribute attribute{};
+  const cudaLaunchConfig_t config = config_of(shape, &attribute);
+  cudaError_t status = allow_shape(kernel, shape);
+  if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  const bool fits = returned(status) == cudaSuccess && clusters > 0;
+  if (answer != nullptr) *answer = fits ? kFits : kDoesNotFit;
+  return fits;
+#endif
+}
+
 // Runs kernel(args...); an empty grid runs nothing. Blocks lie along x.
 template <class... Params, class... Args>
 Status launch(void (*kernel)(Params...), const Shape& shape, [[maybe_unused]] Stream stream, Args... args) {
@@ -95,27 +156,12 @@ Status launch(void (*kernel)(Params...), const Shape& shape, [[maybe_unused]] St
                         [&] { kernel(static_cast<Params>(args)...); });
 #else
   if (shape.blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidConfiguration;
-  constexpr size_t kWithoutAsking = 48 << 10;
-  if (shape.shared > kWithoutAsking) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared));
-    if (status != cudaSuccess) return status;
-  }
-  if (shape.cluster > 8) {
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (status != cudaSuccess) return status;
-  }
+  const cudaError_t status = allow_shape(kernel, shape);
+  if (status != cudaSuccess) return returned(status);
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-  config.dynamicSmemBytes = shape.shared;
+  cudaLaunchConfig_t config = config_of(shape, &attribute);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+  return returned(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 #endif
 }
 

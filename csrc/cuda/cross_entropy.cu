@@ -318,11 +318,21 @@ int threads_for(int64_t row_bytes, int64_t blocks, int64_t bytes, int most) {
 }
 
 template <class T>
+constexpr size_t kShared = kStatsBytes<Acc<T> >;
+
+// Whether the device runs clusters of so many blocks, of the most threads.
+template <class T>
+bool has_room(const CrossEntropy& c, int cluster) {
+  const Shape shape{cluster, kHoldingThreads, kShared<T>, cluster};
+  return is_general(c) ? cluster_fits<held_rows<T, true> >(shape) : cluster_fits<held_rows<T, false> >(shape);
+}
+
+template <class T>
 Status forward(const CrossEntropy& c, Stream stream) {
   const Rows<T> r = rows_of<T>(c);
   const bool general = is_general(c);
   const int64_t row_bytes = c.classes * static_cast<int64_t>(sizeof(T));
-  constexpr size_t shared = kStatsBytes<Acc<T> >;
+  constexpr size_t shared = kShared<T>;
   if (c.cluster > 0) {
     const Shape shape{c.rows * c.cluster, threads_for(row_bytes, c.cluster, held_bytes(c.dtype), kHoldingThreads),
                       shared, c.cluster};
@@ -355,14 +365,15 @@ bool cross_entropy_fits(DType dtype, int64_t classes, int cluster) {
   return classes * item_bytes(dtype) <= cluster * kHoldingThreads * held_bytes(dtype);
 }
 
-int cross_entropy_cluster(DType dtype, int64_t rows, int64_t classes, bool with_grad, int capability) {
+int cross_entropy_cluster(const CrossEntropy& c, int capability) {
   constexpr int64_t kManyRows = 512;  // enough for blocks of their own to fill a GPU
-  if (!with_grad && rows >= kManyRows) return 0;
-  if (capability < 90) return cross_entropy_fits(dtype, classes, 1) ? 1 : 0;
-  const int largest = capability < 120 ? kMaxCluster : 8;
-  for (int cluster = 1; cluster <= largest; cluster *= 2)
-    if (cross_entropy_fits(dtype, classes, cluster)) return cluster;
-  return 0;
+  if (c.grad == nullptr && c.rows >= kManyRows) return 0;
+  const int largest = capability < 90 ? 1 : kMaxCluster;
+  int cluster = 1;
+  while (cluster <= largest && !cross_entropy_fits(c.dtype, c.classes, cluster)) cluster *= 2;
+  if (cluster > largest) return 0;
+  if (cluster > 1) FASTLLM_SWITCH_DTYPE(c.dtype, if (!has_room<T>(c, cluster)) return 0)
+  return cluster;
 }
 
 Status cross_entropy_forward(const CrossEntropy& arguments, Stream stream) {

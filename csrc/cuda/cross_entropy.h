@@ -37,9 +37,9 @@ struct CrossEntropy {
 };
 
 // The forward pass: how many blocks hold a row in their registers together. 0: no number of them can, or the rows are
-// better read by one block each, part by part.
+// better read by one block each, part by part, or the current device has no room for so large a cluster.
 // capability: 90 for sm_90.
-int cross_entropy_cluster(DType dtype, int64_t rows, int64_t classes, bool with_grad, int capability);
+int cross_entropy_cluster(const CrossEntropy& arguments, int capability);
 // Whether a cluster of so many blocks can hold a row.
 bool cross_entropy_fits(DType dtype, int64_t classes, int cluster);
 

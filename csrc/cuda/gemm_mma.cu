@@ -224,8 +224,9 @@ Status gemm_mma(const Product& p, Stream stream) {
 bool gemm_mma_runs() {
 #ifdef __CUDACC__
   int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
+  return returned(cudaGetDevice(&device)) == cudaSuccess &&
+         returned(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) == cudaSuccess &&
+         major >= 8;
 #else
   return true;
 #endif

@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 int multiprocessors() {
 #ifdef __CUDACC__
   int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 1;
+  if (returned(cudaGetDevice(&device)) != cudaSuccess) return 1;
+  return returned(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device)) == cudaSuccess ? count : 1;
 #else
   return 4;  // played: several tiles a block
 #endif
@@ -214,13 +214,14 @@ Status run(const Product& p, Stream stream) {
 bool gemm_wgmma_runs() {
 #ifdef __CUDACC__
   int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (returned(cudaGetDevice(&device)) != cudaSuccess) return false;
+  returned(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  returned(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   if (major != 9 || minor != 0) return false;
   // Built for sm_90 without its "a" the kernel is a trap, which needs next to no registers.
   cudaFuncAttributes attributes{};
-  return cudaFuncGetAttributes(&attributes, multiply_wgmma<bf16, 256, 2>) == cudaSuccess && attributes.numRegs > 100;
+  return returned(cudaFuncGetAttributes(&attributes, multiply_wgmma<bf16, 256, 2>)) == cudaSuccess &&
+         attributes.numRegs > 100;
 #else
   return true;
 #endif

@@ -4,6 +4,7 @@
 // A tile here is `rows` rows of 64 16-bit items (128 bytes), with TMA's 128-byte swizzle: piece p (16 bytes) of row r
 // lies at r 128 + (p xor r % 8) 16. Tiles are aligned to 1024 bytes.
 #pragma once
+#include "common.cuh"
 #include "tensor_core.cuh"
 
 #ifndef __CUDACC__
@@ -68,8 +69,8 @@ inline Status make_tensor_map(TensorMap* map, DType dtype, const void* base, int
   static void* const found = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result{};
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    const Status status = returned(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result));
     return status == cudaSuccess && result == cudaDriverEntryPointSuccess ? function : nullptr;
   }();
   if (found == nullptr) return cudaErrorNotSupported;

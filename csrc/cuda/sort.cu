@@ -15,13 +15,13 @@ namespace fastllm::cuda {
 
 Status sort_pairs_workspace(int64_t count, int bits, size_t* bytes) {
   cub::DoubleBuffer<uint32_t> keys, values;
-  return cub::DeviceRadixSort::SortPairs(nullptr, *bytes, keys, values, static_cast<int>(count), 0, bits);
+  return returned(cub::DeviceRadixSort::SortPairs(nullptr, *bytes, keys, values, static_cast<int>(count), 0, bits));
 }
 
 Status sort_pairs(Pairs* pairs, int64_t count, int bits, void* workspace, size_t workspace_bytes, Stream stream) {
   cub::DoubleBuffer<uint32_t> keys(pairs->keys, pairs->spare_keys), values(pairs->values, pairs->spare_values);
-  const Status status = cub::DeviceRadixSort::SortPairs(workspace, workspace_bytes, keys, values,
-                                                        static_cast<int>(count), 0, bits, stream);
+  const Status status = returned(cub::DeviceRadixSort::SortPairs(workspace, workspace_bytes, keys, values,
+                                                                 static_cast<int>(count), 0, bits, stream));
   *pairs = {keys.Current(), values.Current(), keys.Alternate(), values.Alternate()};
   return status;
 }

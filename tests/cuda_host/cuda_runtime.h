@@ -38,6 +38,8 @@ int run(int64_t blocks, int threads, size_t shared, int cluster, const std::func
 // Differs from cluster to cluster of blocks: what threads have under way ends with theirs.
 uint64_t generation();
 const char* last_failure();
+// Blocks of the largest cluster that the emulated device has room for: FASTLLM_CUDA_HOST_CLUSTER, or 16.
+int largest_cluster();
 
 // Ends the launch with a message; does not return.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));

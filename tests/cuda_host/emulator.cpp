@@ -258,8 +258,8 @@ int run(int64_t blocks, int threads, size_t shared, int cluster, const std::func
   Launch mine{blocks, threads, cluster, shared, &body, {}, {}};
   failed = false;
   failure.clear();
-  if (threads < 1 || threads > 1024 || threads % 32 != 0 || cluster < 1 || cluster > 16 || blocks % cluster != 0 ||
-      shared > (227 << 10) || blocks > 0x7fffffff) {
+  if (threads < 1 || threads > 1024 || threads % 32 != 0 || cluster < 1 || cluster > largest_cluster() ||
+      blocks % cluster != 0 || shared > (227 << 10) || blocks > 0x7fffffff) {
     failure = "a launch that no GPU accepts: " + std::to_string(blocks) + " blocks of " + std::to_string(threads) +
               " threads in clusters of " + std::to_string(cluster) + " with " + std::to_string(shared) +
               " bytes of shared memory";
@@ -278,6 +278,11 @@ int run(int64_t blocks, int threads, size_t shared, int cluster, const std::func
   }
   launch = nullptr;
   return failed ? 1 : 0;
+}
+
+int largest_cluster() {
+  const char* text = std::getenv("FASTLLM_CUDA_HOST_CLUSTER");
+  return text == nullptr ? 16 : std::atoi(text);
 }
 
 const char* last_failure() { return failure.c_str(); }

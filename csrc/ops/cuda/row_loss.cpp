@@ -21,8 +21,10 @@ Device current_device() {
   const int index = c10::cuda::current_device();
   const auto ask = [&](cudaDeviceAttr attribute) {
     int value = 0;
-    TORCH_CHECK(cudaDeviceGetAttribute(&value, attribute, index) == cudaSuccess, "fastllm: no attributes of device ",
-                index);
+    if (cudaDeviceGetAttribute(&value, attribute, index) != cudaSuccess) {
+      cudaGetLastError();  // reported here, and not once more after PyTorch's next kernel
+      TORCH_CHECK(false, "fastllm: no attributes of device ", index);
+    }
     return value;
   };
   return {10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor),
@@ -55,7 +57,7 @@ int strategy() {
 
 int cluster_for(const char* op, const CrossEntropy& c, int capability) {
   const int asked = strategy();
-  if (asked < 0) return cross_entropy_cluster(c.dtype, c.rows, c.classes, c.grad != nullptr, capability);
+  if (asked < 0) return cross_entropy_cluster(c, capability);
   TORCH_CHECK(asked == 0 || cross_entropy_fits(c.dtype, c.classes, asked), op, ": FASTLLM_CUDA_STRATEGY: rows of ",
               c.classes, " classes do not fit ", asked, " blocks");
   return asked;
