@@ -167,8 +167,9 @@ def test_empty(way, name, shape):
 
 @pytest.mark.parametrize("columns", [1, 3, 8, 31, 40, 257, 2050])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW], ids=str)
-def test_passes_around_library_products(dtype, columns):
+def test_passes_around_library_products(way, dtype, columns):
     """Bias and ReLU, mask and sums: folded rows of every kind, more rows than a block walks at once."""
+    way("plain")
     rows = 20000 if columns == 1 else 1100 if columns < 40 else 70
     check(rows, columns, 3, dtype)
 
@@ -179,6 +180,30 @@ def test_the_librarys_epilogue(way, dtype):
     way("library")
     for rows, columns in ((1, 1), (5, 70), (70, 3)):
         check(rows, columns, 9, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "offset", "library"),
+    [
+        (torch.bfloat16, (5, 16, 24), 0, True),
+        (torch.float16, (1, 8, 8), 8, True),
+        (torch.bfloat16, (5, 16, 20), 0, False),
+        (torch.bfloat16, (5, 20, 16), 0, False),
+        (torch.bfloat16, (5, 16, 24), 4, False),
+        (torch.float32, (5, 16, 24), 0, False),
+    ],
+)
+def test_who_multiplies_by_default(dtype, size, offset, library):
+    """The library's epilogue keeps NaN for rows of whole, aligned pieces of 16 bytes; else a pass takes the ReLU."""
+    m, n, k = size
+    x, w, b = inputs(dtype, (m, k), (n, k), (n,), offset=offset, grad=False)
+    for args in ((x, w, b), (x, w)):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            F.linear_relu(*args)
+            F.relu_mlp(*args[:2], args[2] if len(args) > 2 else None, w.t().contiguous(), None)
+        calls = sum(e.count for e in profile.key_averages() if e.key == "aten::_addmm_activation")
+        assert calls == (2 if library else 0)
+    check(m, n, k, dtype, offset=offset)
 
 
 def test_a_way_that_cannot_be_taken_is_refused(way):

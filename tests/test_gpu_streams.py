@@ -387,3 +387,18 @@ def test_gradients_of_several_chunks(monkeypatch, dtype):
     plain = torch.autograd.grad(TF.cross_entropy(TF.linear(x, w), y, reduction="sum"), [x, w])
     for a, p, t in zip(ours, plain, truth, strict=True):
         assert (a - t).norm() <= 1.5 * (p - t).norm() + 1e-6 * t.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_relu_keeps_nan_in_products_of_every_size(dtype):
+    """Whoever multiplies by default: libraries have kernels whose ReLU makes 0 of NaN."""
+    lost = []
+    for m in (1, 2, 7, 16, 33, 64, 100, 130, 512, 2048) if ON_GPU else (1, 7):
+        for k in (8, 16, 20, 33, 64, 72, 256, 768, 1024) if ON_GPU else (8, 20):
+            for n in (8, 20, 24, 33, 64, 96, 128, 200, 520, 3072) if ON_GPU else (8, 20):
+                x, w, b = (t.detach() for t in tensors(dtype, (m, k), (n, k), (n,)))
+                x[m // 2, k // 2], b[n - 1], w[n // 2, 0] = float("nan"), float("nan"), float("-inf")
+                for bias in (b, None):
+                    if not torch.equal(F.linear_relu(x, w, bias).isnan(), torch.relu(TF.linear(x, w, bias)).isnan()):
+                        lost.append((m, k, n, bias is not None))
+    assert not lost
