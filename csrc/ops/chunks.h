@@ -7,8 +7,9 @@
 
 namespace fastllm {
 
-// Rows of a chunk: even chunks within FASTLLM_LOSS_WORKSPACE, or `otherwise`, bytes of logits, but 64 rows at least; even
-// ones are rounded up to whole `multiple`s. All rows where chunks save no memory: several need `beside` bytes more.
+// Rows of a chunk: even chunks within FASTLLM_LOSS_WORKSPACE, or `otherwise`, bytes of logits, but 64 rows at least;
+// even ones are rounded up to whole `multiple`s. All rows where chunks save no memory: several need `beside` bytes
+// more.
 inline int64_t chunk_rows(int64_t rows, int64_t row_bytes, int64_t otherwise, int64_t beside, int64_t multiple) {
   constexpr int64_t kLeast = 64;
   int64_t limit = otherwise;

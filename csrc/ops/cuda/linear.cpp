@@ -31,9 +31,9 @@ std::optional<Gemm> forced_gemm(const char* op) {
   TORCH_CHECK(false, op, ": FASTLLM_CUDA_GEMM must be plain, library, mma or wgmma, got ", name);
 }
 
-// The epilogue saves a pass over the output: 1.05 to 1.5 times kPlain on an H100, where kMma and kWgmma were slower. But
-// its ReLU makes 0 of NaN in the library's kernels for sm_80, which it takes on Hopper, too, for rows that are not whole,
-// aligned pieces of 16 bytes; those for Hopper keep NaN (cuBLAS of CUDA 13.0; tests/test_gpu_streams.py looks).
+// The epilogue saves a pass over the output: 1.05 to 1.5 times kPlain on an H100, where kMma and kWgmma were slower.
+// But its ReLU makes 0 of NaN in the library's kernels for sm_80, which it takes on Hopper, too, for rows that are not
+// whole, aligned pieces of 16 bytes; those for Hopper keep NaN (cuBLAS of CUDA 13.0; tests/test_gpu_streams.py looks).
 Gemm shipped_gemm(const Product& p) {
   const bool aligned_bias = reinterpret_cast<uintptr_t>(p.bias) % 16 == 0;
   return gemm_wgmma_serves(p) && aligned_bias && gemm_wgmma_runs() ? Gemm::kLibrary : Gemm::kPlain;
