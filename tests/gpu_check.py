@@ -31,9 +31,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# On a device: no thread counts, no bad input to PyTorch's kernels, which stop the device, no compilers (test_gpu.py
-# compiles).
-ON_DEVICE = "not thread and not compile and not opcheck and not capability and not pool and not bad_input"
+# On a device: the tests of results, and of what an operation promises. No thread counts, no bad input to PyTorch's
+# kernels, which stop the device, no compilers (test_gpu.py compiles).
+OPERATIONS = ("embedding", "linear_relu", "relu_mlp", "mse_loss", "cross_entropy", "linear_cross_entropy", "log_probs")
+ON_DEVICE = "not thread and not compile and not opcheck and not capability and not pool and not error_inputs"
 SANITIZED = "test_error_against_float64 or test_products_with_an_epilogue or test_several_chunks"
 WAIT = 10  # seconds that an interrupted command gets to report
 
@@ -76,7 +77,8 @@ def commands(out: Path, workers: int, peers: str) -> dict[str, list[Command]]:
     def backend(name: str) -> list[Command]:
         env = {**device, **({} if name == "auto" else {"FASTLLM_BACKEND": name})}
         tests = [*pytest, *side_by_side, "--maxfail=60"]
-        chosen = ["tests", "-m", "(numbers or contract) and not slow", "-k", ON_DEVICE]
+        files = [f"tests/test_{name}.py" for name in ("contract", "opinfo", *OPERATIONS)]
+        chosen = [*files, "-m", "not slow", "-k", ON_DEVICE]
         shapes = [python, "tests/shapes.py", "--cases", "600", "--seed", "1", "--workers", str(workers)]
         found = [
             Command(f"{name}, results and contract", [*tests, *chosen], 150, env),
@@ -112,7 +114,8 @@ def commands(out: Path, workers: int, peers: str) -> dict[str, list[Command]]:
 def run(command: Command, seconds: int, log: Path, failures: Path) -> tuple[str, float]:
     """Run one command with its output in ``log``; how it ended, and how long it took."""
     start = time.monotonic()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "FASTLLM_TEST_FAILURES": str(failures), **command.env}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path, "FASTLLM_TEST_FAILURES": str(failures), **command.env}
     with log.open("a") as file:
         file.write(f"\n=== {command.title}: {' '.join(command.arguments)}\n")
         file.flush()

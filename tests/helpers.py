@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -150,6 +151,7 @@ def bytes_left(function: Callable) -> int:
     """
     function()  # what a first call leaves for good
     if DEVICE == "cuda":
+        gc.collect()  # what earlier tests left in cycles
         before = torch.cuda.memory_allocated()
         held = function()
         return torch.cuda.memory_allocated() - before

@@ -77,7 +77,9 @@ class Drawn:
 
     def _size(self, long: bool) -> int:
         if not long:
-            return self.random.choice(SMALL) if self.random.random() > 0.03 else 0
+            # PyTorch's embedding on a GPU, the reference, reads outside its tensors for rows of no features.
+            empty = self.random.random() <= 0.03 and (self.op, self.limits) != ("embedding", LIMITS["device"])
+            return 0 if empty else self.random.choice(SMALL)
         return max(self.random.choice(self.limits.constants) + self.random.choice((-1, 0, 1)), 1)
 
     def _sizes(self) -> tuple[int, ...]:
@@ -243,7 +245,9 @@ def check(case: Drawn) -> None:
     with torch.no_grad():
         again = ours(*inputs)
     output = ours(*inputs)
-    assert torch.equal(again, output) or again.isnan().any() or case.op == "linear_cross_entropy", "no_grad differs"
+    # On a GPU the order of a mean's sum follows the alignment of the gradient that is written beside it.
+    ordered = case.op != "linear_cross_entropy" and (case.op, case.limits) != ("mse_loss", LIMITS["device"])
+    assert torch.equal(again, output) or again.isnan().any() or not ordered, "no_grad differs"
     torch.testing.assert_close(again, output.detach(), rtol=1e-2, atol=1e-2, equal_nan=True)
 
 

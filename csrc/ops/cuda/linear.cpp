@@ -14,7 +14,7 @@ namespace {
 // For relu(x W^T + b), and the hidden gradient of relu_mlp.
 enum class Gemm {
   kPlain,    // PyTorch's library, then a pass of ours
-  kLibrary,  // PyTorch's library with bias and ReLU in its epilogue; the hidden gradient by kPlain
+  kLibrary,  // PyTorch's own epilogue (bias and ReLU); the hidden gradient by kPlain
   kMma,      // ours
   kWgmma,    // ours for Hopper; the hidden gradient by kMma
 };
@@ -31,18 +31,22 @@ std::optional<Gemm> forced_gemm(const char* op) {
   TORCH_CHECK(false, op, ": FASTLLM_CUDA_GEMM must be plain, library, mma or wgmma, got ", name);
 }
 
-// The epilogue saves a pass over the output: 1.05 to 1.5 times kPlain on an H100, where kMma and kWgmma were slower.
-// But its ReLU makes 0 of NaN in the library's kernels for sm_80, which it takes on Hopper, too, for rows that are not
-// whole, aligned pieces of 16 bytes; those for Hopper keep NaN (cuBLAS of CUDA 13.0; tests/test_gpu_streams.py looks).
-Gemm shipped_gemm(const Product& p) {
-  const bool aligned_bias = reinterpret_cast<uintptr_t>(p.bias) % 16 == 0;
-  return gemm_wgmma_serves(p) && aligned_bias && gemm_wgmma_runs() ? Gemm::kLibrary : Gemm::kPlain;
+// Whether the library's epilogue keeps NaN and saves a pass: measured on an H100 (cuBLASLt of CUDA 13.0). With rows
+// that are not whole pieces of 16 bytes its kernels make NaN 0, and for float32 products in TF32 nobody has looked.
+bool library_keeps_nan(const Product& p) {
+  if (p.hidden != nullptr || p.bias == nullptr || (p.dtype != DType::kBF16 && p.dtype != DType::kF16)) return false;
+  const auto whole = [](const void* data, int64_t items) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && items % 8 == 0;
+  };
+  return gemm_wgmma_runs() && p.inner % 8 == 0 && whole(p.a, p.a_row) && whole(p.b, p.b_row) &&
+         whole(p.bias, p.columns);
 }
 
-// What FASTLLM_CUDA_GEMM asks for is taken or refused.
+// What FASTLLM_CUDA_GEMM asks for is taken or refused. Without it the library's epilogue where it is known to be right,
+// else kPlain: right for every dtype, size and NaN. On an H100 our own products are slower than either.
 Gemm select_gemm(const char* op, const Product& p) {
   const std::optional<Gemm> forced = forced_gemm(op);
-  if (!forced.has_value()) return shipped_gemm(p);
+  if (!forced.has_value()) return library_keeps_nan(p) ? Gemm::kLibrary : Gemm::kPlain;
   if (*forced == Gemm::kPlain) return Gemm::kPlain;
   const auto refuse_unless = [&](bool possible, const char* needed) {
     TORCH_CHECK(possible, op, ": FASTLLM_CUDA_GEMM=", std::getenv("FASTLLM_CUDA_GEMM"), " needs ", needed);
