@@ -538,7 +538,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     r"""``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` without the N x V logits.
 
-    Logits exist for a chunk of rows at a time: at most 80 MiB of them, unless the environment variable
+    Logits exist for a chunk of rows at a time: at most 80 MiB of them, 2 GiB on a GPU, unless the environment variable
     ``FASTLLM_LOSS_WORKSPACE`` gives another number of bytes, and never fewer than 64 rows. In bfloat16 and float16
     chunks are taken only where they need less memory than all logits at once, because several chunks add the gradient
     of ``linear_weight`` up in float32.

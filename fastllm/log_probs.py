@@ -21,7 +21,7 @@ from torch.nn import functional as TF
 
 from fastllm.operations import flops
 from fastllm.operations.checks import as_rows, check_device, checked_indices
-from fastllm.operations.chunks import chunk_rows, rows_within
+from fastllm.operations.chunks import chunk_rows
 from fastllm.operations.declaration import Kernel, accumulator, declare_for_any_device
 from fastllm.operations.node import needs_grad
 
@@ -56,8 +56,7 @@ class _Rows:
         self.dtype = accumulator(input.dtype)
         self.ignored = target == ignore_index
         self.target = target.masked_fill(self.ignored, 0).long()
-        item = self.dtype.itemsize
-        step = chunk_rows(len(target), self.classes, item, rows_within(WORKSPACE, self.classes, item))
+        step = chunk_rows(len(target), self.classes, self.dtype.itemsize, WORKSPACE)
         self.parts = [slice(i, i + step) for i in range(0, len(target) if self.classes else 0, step)]
 
     def logits(self, part: slice) -> tuple[Tensor, Tensor | None]:

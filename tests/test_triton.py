@@ -218,16 +218,17 @@ def test_tiles_are_timed_once_and_kept(monkeypatch, tmp_path):
 
 
 def test_chunk_rows(monkeypatch):
-    from fastllm.triton.linear_cross_entropy import chunk_rows
+    from fastllm.operations.chunks import GPU_WORKSPACE, chunk_rows
 
     monkeypatch.delenv("FASTLLM_LOSS_WORKSPACE", raising=False)
-    assert chunk_rows(0, 10, 2) == 1 and chunk_rows(4096, 10, 2) == 4096
-    assert chunk_rows(8192, 128256, 2) == 4096 and chunk_rows(4100, 10, 2) == 2112
+    assert chunk_rows(0, 10, 2, GPU_WORKSPACE) == 1 and chunk_rows(9999, 10, 2, GPU_WORKSPACE) == 9999
+    assert chunk_rows(8192, 151936, 2, GPU_WORKSPACE) == 4096 and chunk_rows(7100, 151936, 2, GPU_WORKSPACE) == 3584
+    assert chunk_rows(8192, 151936, 2, GPU_WORKSPACE, beside=2 * 151936 * 4096) == 8192
     monkeypatch.setenv("FASTLLM_LOSS_WORKSPACE", str(1000 * 10 * 2))
-    assert chunk_rows(8192, 10, 2) == 960
+    assert chunk_rows(8192, 10, 2, GPU_WORKSPACE) == 960
     monkeypatch.setenv("FASTLLM_LOSS_WORKSPACE", "many")
     with pytest.raises(ValueError, match="'many'"):
-        chunk_rows(8192, 10, 2)
+        chunk_rows(8192, 10, 2, GPU_WORKSPACE)
 
 
 def test_a_full_table_for_an_unknown_generation(monkeypatch):

@@ -7,9 +7,9 @@
 // Chunks are large: each streams linear_weight, and its gradient, once more from memory. A layer of few features has a
 // kernel of its own (csrc/cpu/linear_cross_entropy.cpp).
 #include <algorithm>
-#include <cstdlib>
 
 #include "../cpu/linear_relu.h"
+#include "chunks.h"
 #include "cross_entropy_common.h"
 #include "gemm.h"
 #include "linear_common.h"
@@ -20,35 +20,8 @@ FASTLLM_DEFINE_DISPATCH(LinearCrossEntropyKernels, linear_cross_entropy)
 namespace fastllm {
 namespace {
 
-// Most bytes of logits held at once: the smallest number that costs no speed. FASTLLM_LOSS_WORKSPACE sets another.
-constexpr int64_t kDefaultWorkspace = int64_t{80} << 20;
-constexpr int64_t kRowMultiple = 64;  // of the largest chunk
-constexpr int64_t kEvenMultiple = 8;  // of chunks of even height: a low last one costs more than it saves
-
-int64_t workspace_limit() {
-  static const int64_t limit = [] {
-    const char* text = std::getenv("FASTLLM_LOSS_WORKSPACE");
-    if (text == nullptr) return kDefaultWorkspace;
-    char* end = nullptr;
-    const long long bytes = std::strtoll(text, &end, 10);
-    TORCH_CHECK_VALUE(end != text && *end == '\0' && bytes > 0,
-                      "FASTLLM_LOSS_WORKSPACE: expected a number of bytes > 0, got '", text, "'");
-    return static_cast<int64_t>(bytes);
-  }();
-  return limit;
-}
-
-// Rows of a chunk. All of them where chunks would not save memory: several chunks in bfloat16 or float16 need a float32
-// sum of V x D beside the result.
-int64_t chunk_rows(int64_t rows, int64_t classes, int64_t features, int64_t item, bool need_weight) {
-  const int64_t row_bytes = std::max<int64_t>(classes * item, 1);
-  const int64_t chunk = std::max<int64_t>(workspace_limit() / row_bytes / kRowMultiple * kRowMultiple, kRowMultiple);
-  const int64_t sum_bytes = need_weight && item == 2 ? classes * features * 4 : 0;
-  if (rows * row_bytes <= chunk * row_bytes + sum_bytes) return rows;
-  const int64_t chunks = (rows + chunk - 1) / chunk;
-  const int64_t even = (rows + chunks - 1) / chunks;
-  return std::min(chunk, (even + kEvenMultiple - 1) / kEvenMultiple * kEvenMultiple);
-}
+constexpr int64_t kWorkspace = int64_t{80} << 20;  // bytes of logits held at once: the least that costs no speed
+constexpr int64_t kEvenMultiple = 8;
 
 struct Needs {
   bool input, weight, bias;
@@ -110,7 +83,9 @@ class Walk {
     const int64_t n = input_.size(0), classes = weight_.size(0), features = weight_.size(1);
     const auto dtype = input_.scalar_type();
     const int64_t item = static_cast<int64_t>(input_.element_size());
-    const int64_t chunk = n == 0 ? 0 : chunk_rows(n, classes, features, item, needs_.weight);
+    // Several chunks in bfloat16 or float16 need a float32 sum beside the result.
+    const int64_t beside = needs_.weight && item == 2 ? classes * features * 4 : 0;
+    const int64_t chunk = n == 0 ? 0 : chunk_rows(n, classes * item, kWorkspace, beside, kEvenMultiple);
     const bool whole = chunk == n;
     const auto part = [&](const Tensor& t, int64_t first) {
       return whole || !t.defined() ? t : t.narrow(0, first, std::min(chunk, n - first));

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllm.operations.chunks import chunk_rows
+from fastllm.operations.chunks import GPU_WORKSPACE, chunk_rows
 from fastllm.triton.common import ACCUMULATORS, constant, launch
 from fastllm.triton.cross_entropy import NONE, RowLoss
 
@@ -48,7 +48,9 @@ def _walk(input, linear_weight, linear_bias, rows: RowLoss, incoming, needs) -> 
     need_input, need_weight, need_bias = needs
     n, classes = input.size(0), linear_weight.size(0)
     dtype, acc = input.dtype, ACCUMULATORS[input.dtype]
-    chunk = chunk_rows(n, classes, input.element_size())
+    item = input.element_size()
+    beside = 2 * linear_weight.numel() if need_weight and item == 2 else 0  # a sum in float32, not dtype
+    chunk = chunk_rows(n, classes, item, GPU_WORKSPACE, beside)
     one = chunk >= n
     loss = input.new_empty(n, dtype=acc)
     softmax = input.new_empty(2, min(chunk, n), dtype=acc)

@@ -2,50 +2,24 @@
 //
 // Rows are taken in few large chunks: a library product writes a chunk's logits, the row kernel turns them into their
 // gradient where they stand, and two more products take that gradient to input and linear_weight. Three products in
-// all; the rest moves 2 chunk x V items. Small chunks would stream linear_weight and its gradient from memory more
-// often than they save. Several chunks' gradients of linear_weight are added up in float32 and rounded once.
+// all; the rest moves 2 chunk x V items. Several chunks add the gradient of linear_weight up in float32, round it once,
+// and stream V x D items for each chunk; so chunks are large, and one where several would need more memory.
 //
 // A chunk's rows start at 16-byte boundaries whatever V is, so that products and row kernel take 16 bytes at a time.
 // Without a gradient there are no gradient buffers: one chunk of logits is all that is held.
 #include "../../cuda/linear_cross_entropy.h"
 
 #include <algorithm>
-#include <cstdlib>
 
+#include "../chunks.h"
 #include "row_loss.h"
 
 namespace fastllm::cuda {
 namespace {
 
 constexpr const char* kOp = "linear_cross_entropy";
-constexpr int64_t kChunkRows = 4096;  // unless FASTLLM_LOSS_WORKSPACE gives a number of bytes of logits
-constexpr int64_t kRowMultiple = 64;
-
-// Bytes of logits held at once, or 0 where nobody says.
-int64_t workspace_limit() {
-  static const int64_t limit = [] {
-    const char* text = std::getenv("FASTLLM_LOSS_WORKSPACE");
-    if (text == nullptr) return int64_t{0};
-    char* end = nullptr;
-    const long long bytes = std::strtoll(text, &end, 10);
-    TORCH_CHECK_VALUE(end != text && *end == '\0' && bytes > 0,
-                      "FASTLLM_LOSS_WORKSPACE: expected a number of bytes > 0, got '", text, "'");
-    return static_cast<int64_t>(bytes);
-  }();
-  return limit;
-}
-
-// Rows of a chunk, even chunks. All of them where chunks would not save memory: several chunks in bfloat16 or float16
-// need a float32 sum of V x D beside the result.
-int64_t chunk_rows(int64_t rows, int64_t classes, int64_t features, int64_t item, bool need_weight) {
-  const int64_t row_bytes = std::max<int64_t>(classes * item, 1), limit = workspace_limit();
-  const int64_t most =
-      limit == 0 ? kChunkRows : std::max(limit / row_bytes / kRowMultiple * kRowMultiple, kRowMultiple);
-  const int64_t sum_bytes = need_weight && item == 2 ? classes * features * 4 : 0;
-  if (rows * row_bytes <= most * row_bytes + sum_bytes) return rows;
-  const int64_t chunks = (rows + most - 1) / most, even = (rows + chunks - 1) / chunks;
-  return std::min(most, (even + kRowMultiple - 1) / kRowMultiple * kRowMultiple);
-}
+constexpr int64_t kWorkspace = int64_t{2} << 30;  // bytes of logits held at once
+constexpr int64_t kEvenMultiple = 64;
 
 struct Needs {
   bool input, weight, bias;
@@ -90,12 +64,13 @@ class Walk {
     const int64_t n = input_.size(0), classes = weight_.size(0), features = weight_.size(1);
     const at::ScalarType dtype = input_.scalar_type();
     const int64_t item = static_cast<int64_t>(input_.element_size());
-    const int64_t chunk = std::max<int64_t>(chunk_rows(n, classes, features, item, needs_.weight), 1);
+    const int64_t beside = needs_.weight && item == 2 ? classes * features * 2 : 0;  // a sum in float32, not dtype
+    const int64_t chunk = std::max<int64_t>(chunk_rows(n, classes * item, kWorkspace, beside, kEvenMultiple), 1);
     const int64_t chunks = (n + chunk - 1) / chunk, multiple = 16 / item;
     const bool several = chunks > 1;
-    const Tensor padded = call_.empty({std::min(chunk, n), (classes + multiple - 1) / multiple * multiple}, dtype);
-    const Tensor logits = padded.narrow(1, 0, classes),
-                 softmax = call_.empty({2, std::min(chunk, n)}, loss.scalar_type());
+    Tensor logits = call_.empty({std::min(chunk, n), (classes + multiple - 1) / multiple * multiple}, dtype);
+    logits = logits.narrow(1, 0, classes);
+    const Tensor softmax = call_.empty({2, std::min(chunk, n)}, loss.scalar_type());
     Gradients g;
     if (needs_.input) g.input = call_.empty(input_.sizes(), dtype);
     if (needs_.weight) g.weight = call_.empty(weight_.sizes(), several ? loss.scalar_type() : dtype);
@@ -114,6 +89,7 @@ class Walk {
       if (needs_.weight) add_product(g.weight, z.t(), x, first == 0);
       if (needs_.bias) add_bias_gradient(z);
     }
+    logits.reset();  // before the sum is rounded into a tensor of its own
     if (needs_.weight) g.weight = n == 0 ? at::zeros_like(weight_) : g.weight.to(dtype);
     if (needs_.bias) g.bias = finished_bias();
     return g;
