@@ -24,6 +24,17 @@ namespace fastllm::cuda {
 #define FASTLLM_CUDA_KEY CUDA
 #endif
 
+// fastllm.batch_invariant.
+#ifdef FASTLLM_CUDA_HOST
+inline bool batch_invariant() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastllm_mode::batch_invariant", "").typed<bool()>();
+  return op.call();
+}
+#else
+inline bool batch_invariant() { return backend::batch_invariant(); }
+#endif
+
 class Call {
  public:
   // A call of `op` on the device of `like`.

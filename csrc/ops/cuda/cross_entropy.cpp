@@ -1,5 +1,6 @@
 // cross_entropy on CUDA: the plain operations of the backend `cuda`. Kernels: csrc/cuda/cross_entropy.cu.
 #include "row_loss.h"
+#include "row_product.h"
 
 namespace fastllm::cuda {
 namespace {
@@ -17,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const Tensor& ta
   const Call call(kOp, input);
   const at::ScalarType dtype = input.scalar_type(), acc = acc_dtype(dtype);
   const RowLoss rows(call, kOp, dtype, input.size(1), target, weight, options);
-  const Tensor logits = walkable(input);
+  const Tensor logits = aligned_rows(walkable(input));
   const Tensor loss = call.empty({input.size(0)}, acc), softmax = call.empty({2, input.size(0)}, acc);
   const bool with_grad = need_grad && options.reduction != kNone;
   const Tensor grad = with_grad ? call.empty(input.sizes(), dtype) : Tensor();
@@ -29,7 +30,7 @@ void backward_into(const Tensor& grad_output, const Tensor& input, const Tensor&
                    const Tensor& softmax, const LossOptions& options, const Tensor& grad, bool correct) {
   const Call call("cross_entropy_backward", input);
   const RowLoss rows(call, kOp, input.scalar_type(), input.size(1), target, weight, options);
-  rows.backward(walkable(input), softmax.contiguous(), grad, grad_output, correct);
+  rows.backward(aligned_rows(walkable(input)), softmax.contiguous(), grad, grad_output, correct);
 }
 
 Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& target, const OptionalTensor& weight,

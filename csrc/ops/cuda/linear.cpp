@@ -5,6 +5,7 @@
 #include "../../cuda/gemm.h"
 #include "../../cuda/linear_relu.h"
 #include "call.h"
+#include "row_product.h"
 
 namespace fastllm::cuda {
 namespace {
@@ -46,6 +47,7 @@ bool library_keeps_nan(const Product& p) {
 // else kPlain: right for every dtype, size and NaN. On an H100 none of our own was the fastest way of a step.
 Gemm select_gemm(const char* op, const Product& p) {
   const std::optional<Gemm> forced = forced_gemm(op);
+  if (batch_invariant()) return Gemm::kPlain;
   if (!forced.has_value()) return library_keeps_nan(p) ? Gemm::kLibrary : Gemm::kPlain;
   if (*forced == Gemm::kPlain) return Gemm::kPlain;
   const auto refuse_unless = [&](bool possible, const char* needed) {
@@ -77,18 +79,18 @@ Tensor product(const Call& call, const Tensor& a, const Tensor& b) {
   return at::mm_out(out, a, b);
 }
 
-// input weight^T + bias, rounded once.
-Tensor linear(const Call& call, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  if (!defined(bias)) return product(call, input, weight.t());
-  Tensor out = call.empty({input.size(0), weight.size(0)}, input.scalar_type());
-  return at::addmm_out(out, *bias, input, weight.t());
+// a b + bias, rounded once, where a's rows are tokens.
+Tensor row_product(const Call& call, const Tensor& a, const Tensor& b, const OptionalTensor& bias = std::nullopt) {
+  const Tensor out = call.empty({a.size(0), b.size(1)}, a.scalar_type());
+  row_product_out(call, out, a, b, bias);
+  return out;
 }
 
 // bfloat16 and float16 add the bias to the product's float32 sums, so that they round once; float32 and float64 add it
 // in the pass that takes the ReLU.
 Tensor plain_linear_relu(const Call& call, const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   const bool late_bias = input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble;
-  const Tensor y = linear(call, input, weight, late_bias ? std::nullopt : bias);
+  const Tensor y = row_product(call, input, weight.t(), late_bias ? std::nullopt : bias);
   const Tensor b = late_bias && defined(bias) ? bias->contiguous() : Tensor();
   call.check(bias_relu({dtype_tag(y), y.size(0), y.size(1), call.out(y), call.in(b)}, call.stream()));
   return y;
@@ -177,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward(const Tensor& grad_outpu
   const Call call("linear_relu_backward", output);
   const Tensor none = call.none(output.scalar_type());
   const Masked g = mask(call, grad_output, output, need_bias, false);
-  return {need_input ? product(call, g.dz, *weight) : none, need_weight ? product(call, g.dz.t(), *input) : none,
+  return {need_input ? row_product(call, g.dz, *weight) : none, need_weight ? product(call, g.dz.t(), *input) : none,
           g.sums};
 }
 
@@ -187,13 +189,13 @@ std::tuple<Tensor, Tensor> relu_mlp_forward(const Tensor& input, const Tensor& w
                                             const Tensor& weight2, const OptionalTensor& bias2) {
   const Call call("relu_mlp", input);
   const Tensor hidden = linear_relu(call, "relu_mlp", input, weight1, bias1);
-  return {linear(call, hidden, weight2, bias2), hidden};
+  return {row_product(call, hidden, weight2.t(), bias2), hidden};
 }
 
 // grad_output weight2 (M, H) where the hidden activation is not <= 0, else 0, and its sum over rows where asked.
 Masked hidden_gradient(const Call& call, const Tensor& grad_output, const Tensor& weight2, const Tensor& hidden,
                        bool need_sums) {
-  const auto plain = [&] { return mask(call, product(call, grad_output, weight2), hidden, need_sums, true); };
+  const auto plain = [&] { return mask(call, row_product(call, grad_output, weight2), hidden, need_sums, true); };
   const Tensor a = in_rows(grad_output), b = in_rows(weight2), saved = hidden.contiguous();
   if (a.numel() == 0 || b.numel() == 0) return plain();
   Product p{.dtype = dtype_tag(a),
@@ -233,7 +235,7 @@ Gradients relu_mlp_backward(const Tensor& grad_output, const OptionalTensor& hid
   Masked inner{none, none};
   if (need_input || need_weight1 || need_bias1)
     inner = hidden_gradient(call, grad_output, *weight2, *hidden, need_bias1);
-  return {need_input ? product(call, inner.dz, *weight1) : none,
+  return {need_input ? row_product(call, inner.dz, *weight1) : none,
           need_weight1 ? product(call, inner.dz.t(), *input) : none, inner.sums,
           need_weight2 ? product(call, grad_output.t(), *hidden) : none,
           mask(call, grad_output, std::nullopt, need_bias2, false).sums};

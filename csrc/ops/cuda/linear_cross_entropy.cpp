@@ -13,6 +13,7 @@
 
 #include "../chunks.h"
 #include "row_loss.h"
+#include "row_product.h"
 
 namespace fastllm::cuda {
 namespace {
@@ -79,13 +80,10 @@ class Walk {
     for (int64_t first = 0; first < n; first += chunk) {
       const int64_t size = std::min(chunk, n - first);
       const Tensor x = input_.narrow(0, first, size), z = logits.narrow(0, 0, size);
-      compute_logits(x, z);
+      row_product_out(call_, z, x, weight_.t(), bias_.defined() ? OptionalTensor(bias_) : std::nullopt);
       rows_.forward(z, first, loss.narrow(0, first, size), softmax.narrow(1, 0, size), needs_.any() ? z : Tensor(),
                     incoming.defined() && incoming.dim() == 1 ? incoming.narrow(0, first, size) : incoming);
-      if (needs_.input) {
-        Tensor part = g.input.narrow(0, first, size);
-        at::mm_out(part, z, weight_);
-      }
+      if (needs_.input) row_product_out(call_, g.input.narrow(0, first, size), z, weight_, std::nullopt);
       if (needs_.weight) add_product(g.weight, z.t(), x, first == 0);
       if (needs_.bias) add_bias_gradient(z);
     }
@@ -96,13 +94,6 @@ class Walk {
   }
 
  private:
-  void compute_logits(const Tensor& x, Tensor z) const {
-    if (bias_.defined())
-      at::addmm_out(z, bias_, x, weight_.t());
-    else
-      at::mm_out(z, x, weight_.t());
-  }
-
   void add_bias_gradient(const Tensor& dz) {
     const int64_t blocks = column_sum_blocks(dz.size(0), dz.size(1));
     const Tensor sums = bias_sums_.narrow(0, bias_blocks_, blocks);

@@ -57,7 +57,11 @@ int strategy() {
 
 int cluster_for(const char* op, const CrossEntropy& c, int capability) {
   const int asked = strategy();
-  if (asked < 0) return cross_entropy_cluster(c, capability);
+  if (asked < 0) {
+    CrossEntropy any = c;
+    if (batch_invariant()) any.rows = 1;  // the order of summation must not depend on the number of rows
+    return cross_entropy_cluster(any, capability);
+  }
   TORCH_CHECK(asked == 0 || cross_entropy_fits(c.dtype, c.classes, asked), op, ": FASTLLM_CUDA_STRATEGY: rows of ",
               c.classes, " classes do not fit ", asked, " blocks");
   return asked;
