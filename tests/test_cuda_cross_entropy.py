@@ -316,7 +316,7 @@ def test_bad_input(monkeypatch):
 PLANTED = {
     "a missing barrier of the cluster": (
         "cross_entropy_softmax.cuh",
-        "s);\n  sync_cluster();",
+        "s);\n    sync_cluster();",
         "s);",
     ),
     "an off-by-one at the tail": (
