@@ -8,7 +8,7 @@ SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h) $(wildcard fastllm/_bui
 .PHONY: demo test test-all check test-asan bench bench-quick bench-all plots readme-benchmarks wheel wheel-pure gpu-check clean
 
 demo: .venv/built
-	$(VENV_PYTHON) -m fastllm train --compare-eager
+	$(VENV_PYTHON) -m fastllm train --layers 2 --width 128 --heads 4 --vocab-size 2048 --sequence-length 64 --steps 300 --compare
 
 # ARGS go to pytest: make test ARGS="-k embedding"
 test: .venv/built

@@ -29,6 +29,7 @@ SHAPES = {
     "gpt2": Sizes(768, 3072, 50257),
     "llama": Sizes(4096, 14336, 128256),
     "gemma": Sizes(1152, 6912, 262144),
+    "qwen": Sizes(4096, 12288, 151936),
     "aim": Sizes(1024, 4096, 16384),  # no model's: the shapes for which a target was set
 }
 
@@ -55,11 +56,6 @@ class Case:
     incoming: Tensor | None = None  # the incoming gradient, where the output is not a scalar
     floor: Callable[[], Callable[[], None]] | None = None  # makes what nobody can save, in memory that it holds
 
-    @property
-    def launches_count(self) -> bool:
-        """So small that a GPU waits for the host: a CUDA graph tells more."""
-        return self.bytes < 2**24 and self.flops < 2**30
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -81,8 +77,9 @@ class Entry:
     def name(self) -> str:
         return " ".join([self.op, *map(str, self.options.values()), self.named, str(self.n), self.dtype])
 
-    def case(self) -> Case:
-        return self.make(self.n, SHAPES[self.named], self.dtype, **self.options)
+    def case(self, rows: int | None = None, sizes: Sizes | None = None) -> Case:
+        """The case; with ``rows`` or ``sizes``, a smaller one of the same kind."""
+        return self.make(rows or self.n, sizes or SHAPES[self.named], self.dtype, **self.options)
 
 
 def zipf(count: int, vocabulary: int) -> Tensor:
@@ -306,11 +303,14 @@ CUDA_ENTRIES = [
     Entry(cross_entropy, "small", "fp32", 2048, quick=True),
     Entry(cross_entropy, "gpt2", "bf16", 8192, quick=True),
     Entry(cross_entropy, "llama", "bf16", 8192, 3.5),
+    Entry(cross_entropy, "llama", "bf16", 2048, 3.5),
     Entry(cross_entropy, "llama", "fp32", 8192, 3.5),
     Entry(cross_entropy, "llama", "bf16", 8192, options=IN_PLACE),
     Entry(cross_entropy, "gemma", "bf16", 4096, 3.2),
     Entry(linear_cross_entropy, "gpt2", "bf16", 8192, quick=True),
     Entry(linear_cross_entropy, "llama", "bf16", 8192, 1.08),
+    Entry(linear_cross_entropy, "llama", "bf16", 2048, 1.08),
+    Entry(linear_cross_entropy, "qwen", "bf16", 8192, 1.0),
     Entry(linear_cross_entropy, "gemma", "bf16", 4096),
     Entry(mse_loss, "aim", "fp32", 16384, 2.1, quick=True),
     Entry(mse_loss, "aim", "bf16", 16384, 2.1),

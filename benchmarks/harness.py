@@ -7,12 +7,14 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from cases import DTYPES, Case
 from torch import Tensor
 
+import fastllm
 import fastllm.functional as F
 from fastllm import memory
 
@@ -20,16 +22,43 @@ MODES = ("both", "forward", "backward", "no_grad")
 LEAST = 3  # rounds that are measured however long they take
 
 
+@dataclass(frozen=True)
+class OfBackend:
+    """A function of fastllm as one of its backends serves it."""
+
+    function: Callable[..., Tensor]
+    backend: str
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        return self.function(*arguments)
+
+
 class Clock:
-    """Marks in time: on CUDA events, after a write over twice the L2 cache, so that inputs come from memory."""
+    """Marks in time: on CUDA events, else the processor's clock.
+
+    On CUDA a start first reads twice the L2 cache, so that inputs come from memory and nothing is left to be written
+    back; then the device waits, so that all launches are enqueued before the first runs: what the host needs for them
+    does not count, unless a function waits for the device. It waits for ``LEAST_LEAD`` seconds, and twice as long, up to
+    ``MOST_LEAD``, for a function that was late.
+    """
+
+    LEAST_LEAD, MOST_LEAD = 5e-4, 4e-3  # a forward and a backward are enqueued in 0.06 to 1 ms
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
-        self.flush = torch.empty(2**25, device=device) if self.cuda else None
-
-    def start(self) -> object:
         if self.cuda:
-            self.flush.zero_()
+            self.flush, self.sum = torch.zeros(2**25, device=device), torch.empty((), device=device)
+            self.leads: dict[Callable | None, float] = {}
+            cycles = 10**7
+            torch.cuda._sleep(cycles)
+            start = self.mark()
+            torch.cuda._sleep(cycles)
+            self.cycles = cycles / self.seconds(start, self.mark())  # a second
+
+    def start(self, function: Callable | None = None) -> object:
+        if self.cuda:
+            torch.sum(self.flush, 0, out=self.sum)
+            torch.cuda._sleep(int(self.cycles * self.leads.get(function, self.LEAST_LEAD)))
         return self.mark()
 
     def mark(self) -> object:
@@ -38,6 +67,13 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def late(self, start: object, function: Callable) -> bool:
+        """Whether the device may have waited for the host: asked once everything after ``start`` is enqueued."""
+        late = self.cuda and start.query()
+        if late:
+            self.leads[function] = min(2 * self.leads.get(function, self.LEAST_LEAD), self.MOST_LEAD)
+        return late
 
     def seconds(self, start: object, end: object) -> float:
         if not self.cuda:
@@ -65,8 +101,10 @@ class Rotation:
             tensor.data = data
 
 
-def prepare(case: Case) -> None:
-    """No gradients, and inputs as they were."""
+def prepare(case: Case, function: Callable | None = None) -> None:
+    """No gradients, inputs as they were, and the backend that serves ``function``."""
+    if isinstance(function, OfBackend):
+        fastllm.set_backend(function.backend)
     for leaf in case.leaves:
         leaf.grad = None
     if case.reset is not None:
@@ -86,25 +124,26 @@ def reason(error: BaseException) -> str:
 
 
 def sample(case: Case, function: Callable, clock: Clock, modes: tuple[str, ...]) -> dict[str, float]:
-    """Seconds of one forward and backward, of its halves, and of a forward without gradients."""
-    prepare(case)
-    start = clock.start()
+    """Seconds of one forward and backward, of its halves, and of a forward without gradients; ``late``: see Clock."""
+    prepare(case, function)
+    start = clock.start(function)
     output = function(*case.arguments)
     middle = clock.mark()
     output.backward(case.incoming)
     end = clock.mark()
+    late = clock.late(start, function)
     found = {
         "both": clock.seconds(start, end),
         "forward": clock.seconds(start, middle),
         "backward": clock.seconds(middle, end),
     }
     if "no_grad" in modes:
-        prepare(case)
+        prepare(case, function)
         with torch.no_grad():
-            start = clock.start()
+            start = clock.start(function)
             function(*case.arguments)
             found["no_grad"] = clock.seconds(start, clock.mark())
-    return {mode: found[mode] for mode in modes}
+    return {mode: found[mode] for mode in modes} | {"late": late}
 
 
 def alone(function: Callable, clock: Clock) -> dict[str, float]:
@@ -150,7 +189,10 @@ def alternate(variants: dict[str, Callable[[], dict[str, float]]], repeats: int,
     result: dict[str, dict] = {name: {"failed": why} for name, why in failed.items()}
     for name, found in samples.items():
         if name not in failed:
-            result[name] = {mode: summary([times[mode] for times in found[1:]]) for mode in found[0]}
+            late = sum(times.pop("late", False) for times in found[1:])
+            result[name] = {mode: summary([times[mode] for times in found[1:]]) for mode in found[0] if mode != "late"}
+            if late:  # rounds in which the host may count
+                result[name]["both"]["late"] = late
     return {name: result[name] for name in variants}
 
 
@@ -180,10 +222,10 @@ def capture(case: Case, function: Callable) -> torch.cuda.CUDAGraph:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            prepare(case)
+            prepare(case, function)
             step(case, function)
     torch.cuda.current_stream().wait_stream(stream)
-    prepare(case)
+    prepare(case, function)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step(case, function)
@@ -223,7 +265,8 @@ def peak_of(function: Callable, device: str) -> int:
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    memory.empty_pool()
+    if fastllm.backends.TABLE["cpu"].missing is None:
+        memory.empty_pool()
     ctypes.CDLL(None).malloc_trim(0)
     before = peak = _resident()
     stop = threading.Event()
@@ -244,15 +287,15 @@ def peak_of(function: Callable, device: str) -> int:
 
 def extra_peak(case: Case, function: Callable, device: str) -> int:
     """Peak of one forward and backward."""
-    prepare(case)
+    prepare(case, function)
     peak = peak_of(lambda: step(case, function), device)
     prepare(case)
     return peak
 
 
-def _results(case: Case, function: Callable) -> list[Tensor]:
+def results(case: Case, function: Callable) -> list[Tensor]:
     """The output and the gradients; where one may lie in an input's storage, a copy."""
-    prepare(case)
+    prepare(case, function)
     output = step(case, function).detach()
     found = [output, *(leaf.grad if case.reset is None else leaf.grad.clone() for leaf in case.leaves)]
     prepare(case)
@@ -260,14 +303,15 @@ def _results(case: Case, function: Callable) -> list[Tensor]:
 
 
 def _in_float64(case: Case) -> list[Tensor]:
-    low, incoming = [leaf.data for leaf in case.leaves], case.incoming
-    for leaf in case.leaves:
-        leaf.data = leaf.data.double()
+    numbers = [t for t in {id(t): t for t in (*case.arguments, *case.leaves)}.values() if t.is_floating_point()]
+    low, incoming = [t.data for t in numbers], case.incoming
+    for tensor in numbers:
+        tensor.data = tensor.data.double()
     case.incoming = None if incoming is None else incoming.double()
-    truth = _results(case, case.eager)
+    truth = results(case, case.eager)
     case.incoming = incoming
-    for leaf, data in zip(case.leaves, low, strict=True):
-        leaf.data = data
+    for tensor, data in zip(numbers, low, strict=True):
+        tensor.data = data
     return truth
 
 
@@ -283,7 +327,7 @@ def errors(case: Case, variants: dict[str, Callable]) -> dict[str, dict[str, flo
     truth = _in_float64(case)
     result = {}
     for name, function in variants.items():
-        output, *gradients = (_relative(f, t) for f, t in zip(_results(case, function), truth, strict=True))
+        output, *gradients = (_relative(f, t) for f, t in zip(results(case, function), truth, strict=True))
         result[name] = {"output": output, "gradient": max(gradients)}
     return result
 
@@ -305,7 +349,7 @@ def _linear(x: Tensor, w: Tensor) -> None:
 
 
 def product_rates(clock: Clock, device: str, dtype: str) -> tuple[float, float]:
-    """FLOPs a second of square products: the most of PyTorch's and ours, and those of an eager layer's three.
+    """FLOPs a second of square products: PyTorch's (on the CPU ours, if faster), and those of an eager layer's three.
 
     The side doubles, up to 2048 (8192 on CUDA), while a layer takes less than 0.2 s: some processors have no fast
     bfloat16 product.
@@ -315,8 +359,9 @@ def product_rates(clock: Clock, device: str, dtype: str) -> tuple[float, float]:
         side *= 2
         x, w = (torch.randn(side, side, device=device).to(DTYPES[dtype]).requires_grad_() for _ in range(2))
         layer = _best(clock, lambda x=x, w=w: _linear(x, w))
+    products = [lambda: x @ w.T] + ([] if device == "cuda" else [lambda: F.linear_relu(x, w)])
     with torch.no_grad():
-        single = min(_best(clock, f) for f in (lambda: x @ w.T, lambda: F.linear_relu(x, w)))
+        single = min(_best(clock, f) for f in products)
     return max(2 * side**3 / single, 6 * side**3 / layer), 6 * side**3 / layer
 
 

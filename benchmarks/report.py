@@ -94,7 +94,7 @@ def _row(case: dict, report: dict, peers: list[str]) -> list[str]:
         *(_peer(case, name) for name in peers),
         f"{rate / 1e9:.3g} {unit}, {100 * rate / limit:.0f}%" + _of_floor(case),
         " / ".join(f"{max(case['extra_peak'][n], 0) / 1e6:.0f}" for n in pairs) if "extra_peak" in case else "",
-        " / ".join(_worst(case["error"][n]) for n in pairs) if "error" in case else "",
+        " / ".join(_worst(case["error"][n]) for n in pairs) if case.get("error") else "",
     ]
 
 
@@ -196,6 +196,80 @@ def overview(report: dict) -> str:
             [f"`{operation.split()[0]}`" + operation.removeprefix(operation.split()[0]), replaced, *least_and_most]
         )
     return markdown(["operation", "replaces", "times as fast", "memory, of eager's"], rows)
+
+
+def floor(case: dict, limits: dict) -> float:
+    """Seconds that the bytes take at the copy's rate, or the products at the square product's."""
+    return case["bytes"] / limits["copy"] if case["bytes"] else case["flops"] / limits[f"gemm_{case['dtype']}"]
+
+
+def _best_peer(case: dict, report: dict) -> tuple[float, str] | None:
+    """Of the peers but compile and our own backends: the least time, of fastllm's, and whose it is."""
+    names = [n for n in report["peers"] if n != "compile" and n not in report["backends"]]
+    return min(((r, n) for n in names if (r := ratio(case, n)) is not None), default=None)
+
+
+def _ratio_cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" + (" (loses)" if loses(value) else "")
+
+
+def _late(times: dict) -> bool:
+    """Whether the host's time counts in most rounds of a variant."""
+    return "both" in times and 2 * times["both"].get("late", 0) > times["both"]["rounds"]
+
+
+def line(case: dict, report: dict) -> str:
+    """What came of one case, in a line."""
+    why = trouble(case)
+    if why is not None:
+        return f"{case['name']}: {why}"
+    both = ", ".join(
+        f"{n} {'failed' if 'failed' in t else milliseconds(t['both']['min'])}"
+        for n, t in case["seconds"].items()
+        if n != "fastllm"
+    )
+    return f"{case['name']}: floor {milliseconds(floor(case, report['machine']['limits']))} ms; {both}"
+
+
+def short(report: dict) -> str:
+    """A line a case: its floor, each of our backends, and what the first is of the floor, eager, compile, the best peer."""
+    mine, rows, failures = report["backends"], [], []
+    limits = report["machine"]["limits"]
+    for case in report["cases"]:
+        why = trouble(case)
+        if why is not None:
+            rows.append([case["name"], _cell(why)])
+            continue
+        times, peer, least = case["seconds"], _best_peer(case, report), floor(case, limits)
+        graphs = case.get("graph", {})
+        graphed = [graphs[n]["graph"]["min"] for n in ("eager", "fastllm") if "graph" in graphs.get(n, {})]
+        extra = case.get("extra_peak", {})
+        rows.append(
+            [
+                case["name"],
+                milliseconds(least),
+                *(milliseconds(times[n]["both"]["min"]) if "both" in times.get(n, {}) else "failed" for n in mine),
+                f"{100 * least / times['fastllm']['both']['min']:.0f}%",
+                _ratio_cell(ratio(case)) + ("" if case["aim"] is None else f" of {case['aim']:g}"),
+                _ratio_cell(ratio(case, "compile")),
+                "" if peer is None else f"{_ratio_cell(peer[0])} {peer[1]}",
+                f"{milliseconds(graphed[1])} ({graphed[0] / graphed[1]:.2f})" if len(graphed) == 2 else "",
+                " / ".join(f"{max(extra[n], 0) / 1e6:.0f}" for n in ("fastllm", "eager") if n in extra),
+                ", ".join(n for n, t in times.items() if _late(t)).replace("fastllm, ", ""),
+            ]
+        )
+        failures += [
+            f"{case['name']}, {n}: {t['failed']}"
+            for part in (times, graphs)
+            for n, t in part.items()
+            if "failed" in t and n != "fastllm"
+        ]
+        far = {n: d for n, d in case.get("from_eager", {}).items() if not d < 0.1}
+        failures += [f"{case['name']}, {n}: differs from eager by {d:.1g} of the largest" for n, d in far.items()]
+    columns = ["case", "floor ms", *(f"{n.removeprefix('fastllm ')} ms" for n in mine), "of floor", "eager / ours"]
+    columns += ["compile / ours", "best peer / ours", "graph ms (eager / ours)", "extra MB ours / eager", "late"]
+    text = f"{head(report)}\n{markdown(columns, rows)}\n{losses(report)}"
+    return text + "".join(f"\n- {_cell(failure)}" for failure in failures) + "\n"
 
 
 def table(report: dict) -> str:

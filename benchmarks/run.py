@@ -2,8 +2,9 @@
 
     python benchmarks/run.py --device cpu --ops all --dtypes fp32,bf16 --peers all --out DIR
 
-Each case runs in a process of its own, its variants in alternation; ratios are of minima. On the CPU there are two
-baselines: stock eager PyTorch, and eager PyTorch under an allocator that keeps large blocks (as a tuned malloc does).
+Variants run in alternation; ratios are of minima. On the CPU each case runs in a process of its own, against two
+baselines: stock eager PyTorch, and eager PyTorch under an allocator that keeps large blocks (as a tuned malloc does). On
+a GPU all cases share a process and a limit of time (together.py), and fastllm is timed once for each of its backends.
 """
 
 from __future__ import annotations
@@ -50,18 +51,14 @@ def run_case(options: argparse.Namespace) -> dict:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = options.device
-    with torch.device(device):
-        case = ENTRIES[device][options.case].case()
+    case = ENTRIES[device][options.case].case()
     variants = variants_of(case, options.peers)
-    repeats = max(case.repeats, 20) if device == "cuda" else case.repeats
     modes = ("both",) if options.warm else harness.MODES
-    result = {"seconds": harness.measure(case, variants, device, repeats, options.budget, modes)}
+    result = {"seconds": harness.measure(case, variants, device, case.repeats, options.budget, modes)}
     working = {n: f for n, f in variants.items() if "failed" not in result["seconds"][n]}
     if not (options.warm or options.quick):
         result["extra_peak"] = {n: harness.extra_peak(case, f, device) for n, f in working.items()}
         result["error"] = harness.errors(case, working)
-    if device == "cuda" and case.launches_count:
-        result["graph"] = harness.measure_graphs(case, working, repeats, options.budget)
     return result
 
 
@@ -86,32 +83,62 @@ def _in_a_process(index: int, options: argparse.Namespace, peers: Sequence[str],
     return result
 
 
-def expectation(entry: Entry, limits: dict) -> tuple[dict, float]:
-    """What a result says about its case, and seconds of eager PyTorch's products; needs no memory."""
+def facts_of(entry: Entry) -> dict:
+    """What a result says about its case; needs no memory."""
     with FakeTensorMode():
         case = entry.case()
     facts = {"name": entry.name, "named": entry.named, "op": case.op, "shape": case.shape, "dtype": case.dtype}
-    facts |= {"aim": entry.aim, "bytes": case.bytes, "flops": case.flops}
-    return facts, case.flops / limits[f"eager_{case.dtype}"]
+    return facts | {"aim": entry.aim, "bytes": case.bytes, "flops": case.flops}
 
 
 def measured(index: int, options: argparse.Namespace, report: dict) -> dict:
     """The result of one case; its warm ratio goes into the report."""
-    facts, expected = expectation(ENTRIES[options.device][index], report["machine"]["limits"])
+    facts = facts_of(ENTRIES[options.device][index])
+    expected = facts["flops"] / report["machine"]["limits"][f"eager_{facts['dtype']}"]
     if expected > options.longest:
         return facts | {"skipped": f"eager would take {expected:.0f} s"}
     result = facts | _in_a_process(index, options, report["peers"])
-    if options.device == "cpu" and not options.quick and report_.trouble(result) is None:
+    if not options.quick and report_.trouble(result) is None:
         warm = facts | _in_a_process(index, options, [], warm=True)
         if report_.trouble(warm) is None:
             report["warm_malloc"][facts["name"]] = report_.ratio(warm)
     return result
 
 
-def _write(report: dict, out: Path) -> None:
+def measure_together(options: argparse.Namespace, indices: Sequence[int], out: Path | None) -> int:
+    """Cases in one process, those with a target first; prints what came of each, and a short table."""
+    import together
+
+    entries = ENTRIES[options.device]
+    report: dict = {"machine": None, "peers": list(options.peers), "missing": {}, "cases": [], "warm_malloc": {}}
+    found: dict[int, dict] = {}
+
+    def add(index: int, result: dict) -> None:
+        found[index] = facts_of(entries[index]) | result
+        report["cases"] = [found[i] for i in sorted(found)]
+        backends = [n for c in found.values() for n in c.get("seconds", {}) if n.startswith("fastllm ")]
+        report["backends"] = list(dict.fromkeys(backends))  # the first is what auto takes
+        report["peers"] = report["backends"][1:] + [n for n in options.peers if n not in report["missing"]]
+        print(f"{len(found)}/{len(indices)} {report_.line(found[index], report)}", flush=True)
+        if out is not None:
+            _write(report, out, ["results.json"])  # after each case: a run that is cut off loses one
+
+    order = sorted(indices, key=lambda i: (entries[i].aim is None, i))
+    together.drive(options, order, report, add)
+    if report["machine"] is None:
+        print(f"nothing was measured: {report['cases'][0]}", file=sys.stderr)
+        return 1
+    print(report_.short(report))
+    if out is not None:
+        _write(report, out)
+    return int(any("failed" in case for case in report["cases"]))
+
+
+def _write(report: dict, out: Path, names: Sequence[str] = ("results.json", "table.md")) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "table.md").write_text(report_.details(report))
+    for name in names:
+        text = report_.details(report) if name == "table.md" else json.dumps(report, indent=1) + "\n"
+        (out / name).write_text(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,11 +153,23 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", help="folder of results.json and table.md; auto: the one named after this machine"
     )
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of PyTorch")
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds for a case's rounds, after the least three")
+    parser.add_argument(
+        "--budget", type=float, help="seconds for a case's rounds, after the least three; 4, or 1.5 in one process"
+    )
     parser.add_argument(
         "--longest", type=float, default=8.0, help="skip a case of which eager takes more seconds a step"
     )
     parser.add_argument("--quick", action="store_true", help="few cases, times only, no peers: under two minutes")
+    together = parser.add_argument_group("all cases in one process, the default on a GPU")
+    together.add_argument("--together", action="store_true", help="also on the CPU")
+    together.add_argument("--seconds", type=float, default=135.0, help="for everything; what is left then is skipped")
+    together.add_argument(
+        "--prepare", type=float, default=45.0, help="of these, at most, to fill compilers' caches first; 0: none"
+    )
+    together.add_argument("--first", type=float, default=20.0, help="seconds of a variant's first call")
+    together.add_argument("--silence", type=float, default=45.0, help="seconds after which the process is ended")
+    together.add_argument("--rehearse", action="store_true", help="tiny shapes: tries the run, measures nothing")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -150,6 +189,11 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     options = parser.parse_args(arguments)
     entries = ENTRIES[options.device]
     options.peers = _chosen(parser, "peers", "none" if options.quick else options.peers, peers_.NAMES)
+    options.together |= options.device == "cuda"
+    if options.rehearse and (not options.together or options.out == "auto"):
+        parser.error("--rehearse: with --together or --device cuda, and no --out auto: it measures nothing")
+    if options.budget is None:
+        options.budget = 1.5 if options.together else 4.0
     if options.quick:
         options.budget = min(options.budget, 1.0)
     ops = _chosen(parser, "ops", options.ops, list(dict.fromkeys(e.op for e in entries)))
@@ -172,11 +216,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.case is not None:
         print(json.dumps(run_case(options)))
         return 0
+    if options.worker is not None:
+        import together
+
+        return together.work(options)
     import machine
 
+    out = machine.folder(options.out, options.device)
+    if options.together:
+        return measure_together(options, indices, out)
     from fastllm.lm.training import ProgressBar
 
-    out = machine.folder(options.out, options.device)
     missing = peers_.missing(set(options.peers))
     report: dict = {
         "machine": machine.describe(options.threads, options.device),

@@ -358,7 +358,7 @@ def info() -> Info:
     report["operations"] = served
     report["gpu"] = (
         "the CUDA C++ kernels pass their tests played on the CPU and compile for sm_80, sm_90a and sm_100, the Triton "
-        "kernels theirs in Triton's interpreter and compile for sm_80, sm_90, sm_100 and gfx942; they have not run on a GPU "
-        "yet, and which is faster is not known"
+        "kernels theirs in Triton's interpreter and compile for sm_80, sm_90, sm_100 and gfx942; both have run on an H100, "
+        "where the CUDA C++ kernels are the faster ones, and on no other GPU"
     )
     return report

@@ -1,7 +1,8 @@
 """Chooses what the kernels run on: the CPU, a GPU (FASTLLM_TEST_DEVICE=cuda), or CUDA kernels emulated on the CPU.
 
 ``FASTLLM_TEST_NODES=python`` puts the autograd nodes in Python, which serve without the compiled extension, in the place
-of those in C++. ``FASTLLM_TEST_NATIVE=0`` hides the extension, as on a machine without a compiler.
+of those in C++. ``FASTLLM_TEST_NATIVE=0`` hides the extension, as on a machine without a compiler. FASTLLM_TEST_FAILURES names
+a file that gets a line for each failure at once, for runs that may be cut off.
 """
 
 import importlib.util
@@ -44,6 +45,15 @@ if os.environ.get("FASTLLM_TEST_NODES") == "python":
 
 def pytest_addoption(parser):
     parser.addoption("--part", default="1/1", help="k/n: a share of the selected tests; n such runs are all of them")
+
+
+def pytest_runtest_logreport(report):
+    file = os.environ.get("FASTLLM_TEST_FAILURES")
+    if file and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:  # a worker's reports reach its parent
+        crash = getattr(report.longrepr, "reprcrash", None)
+        reason = " ".join((crash.message if crash else str(report.longrepr)).split())[:300]
+        with open(file, "a") as out:
+            out.write(f"{report.nodeid} ({report.when}): {reason}\n")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k

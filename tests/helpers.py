@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -23,10 +24,20 @@ INSTRUCTION_SETS = ("default", "avx2", "avx512")  # values of ATEN_CPU_CAPABILIT
 # CUDA kernels as fibers, Triton kernels interpreted: some thousand times slower than the kernels of the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("FASTLLM_CUDA_HOST") == "1" or INTERPRETED
-cpu_kernels = pytest.mark.skipif(EMULATED, reason="about the CPU's kernels: their caches, their threads, their cuts")
+# Where tests make their tensors (conftest.py): a GPU under FASTLLM_TEST_DEVICE=cuda.
+DEVICE = "cuda" if os.environ.get("FASTLLM_TEST_DEVICE") == "cuda" and torch.cuda.is_available() else "cpu"
+cpu_kernels = pytest.mark.skipif(
+    EMULATED or DEVICE != "cpu", reason="about the CPU's kernels: their caches, their threads, their cuts"
+)
 
 # What is granted on top of twice PyTorch's error, relative to the size of the result.
 EPSILON = {torch.float32: 2e-6, torch.float64: 2e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def drawn(like: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Normal numbers of the shape, dtype and device of ``like``; the same ones on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
 def _run(function: Callable, inputs: Sequence, dtype: torch.dtype | None, seed: int):
@@ -44,10 +55,9 @@ def _run(function: Callable, inputs: Sequence, dtype: torch.dtype | None, seed: 
     wanted = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
     if not wanted:
         return output, []
-    generator = torch.Generator().manual_seed(seed)
     # Drawn in the inputs' own dtype, so that every run differentiates with the same incoming gradient.
     low = next(v.dtype for v in inputs if isinstance(v, torch.Tensor) and v.is_floating_point())
-    incoming = torch.randn(output.shape, generator=generator, dtype=torch.float64, device="cpu").to(low).to(output)
+    incoming = drawn(output.new_empty(output.shape, dtype=low), seed).to(output)
     return output, list(torch.autograd.grad(output, wanted, incoming))
 
 
@@ -134,11 +144,21 @@ def run_python(code: str, env: dict[str, str] | None = None, timeout: int = 300)
 
 
 def bytes_left(function: Callable) -> int:
-    """CPU memory, in bytes, that is allocated in ``function()`` and not freed while its result is held.
+    """Memory, in bytes, that is allocated in ``function()`` and not freed while its result is held.
 
-    Memory of ``fastllm.memory``'s pool is not seen: tensors must be smaller than 512 KiB.
+    On the CPU memory of ``fastllm.memory``'s pool is not seen: tensors must be smaller than 512 KiB. On a GPU an
+    allocation is counted in whole units of the allocator, 512 bytes.
     """
     function()  # what a first call leaves for good
+    if DEVICE == "cuda":
+        found = []
+        for _ in range(5):  # the median: other tests' memory is freed meanwhile
+            gc.collect()
+            before = torch.cuda.memory_allocated()
+            held = function()
+            found.append(torch.cuda.memory_allocated() - before)
+            del held
+        return sorted(found)[2]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         held = function()
     del held

@@ -57,6 +57,7 @@ def test_set_backend():
         fastllm.set_backend("auto")
 
 
+@pytest.mark.skipif(fastllm.backends.TABLE["cuda"].missing is None, reason="this build has CUDA C++ kernels")
 def test_a_backend_that_is_not_there_is_an_error():
     with pytest.raises(RuntimeError, match="cuda.*not built.*nvcc"):
         fastllm.set_backend("cuda")
@@ -343,7 +344,7 @@ def test_info():
     for served in report["operations"].values():
         accelerated = [b for b in ("cuda", "triton") if fastllm.backends.TABLE[b].missing is None]
         assert served == f"CPU tensors: cpu; CUDA tensors: {accelerated[0] if accelerated else 'eager'}"
-    assert "not run on a GPU" in report["gpu"]
+    assert "have run on an H100" in report["gpu"]
     text = str(report)
     for word in ("instruction_set", "cpu", "cuda", "triton", "eager", "cross_entropy", "GPU"):
         assert word in text

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import DTYPES, EMULATED, INTERPRETED, check_against_float64, cpu_kernels
+from helpers import DTYPES, EMULATED, INTERPRETED, check_against_float64, cpu_kernels, drawn
 from operations import cases_of
 
 import fastllm
@@ -62,11 +62,7 @@ def assert_same_pattern(ours, definition, x):
     for function in (ours, definition):
         leaf = x.detach().clone().requires_grad_()
         output = function(leaf)
-        incoming = (
-            torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-            if incoming is None
-            else incoming
-        )
+        incoming = drawn(output) if incoming is None else incoming
         grads = [
             torch.autograd.grad(output, leaf, g, retain_graph=True)[0] for g in (torch.ones_like(output), incoming)
         ]

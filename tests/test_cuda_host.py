@@ -113,6 +113,15 @@ def test_mse_loss_of_views_that_start_anywhere(offset, dtype):
         torch.testing.assert_close(*losses)
 
 
+def test_mse_loss_of_arrays_apart_is_shared_by_all_blocks():
+    """A thread that holds 2^24 loses each 1 that it adds: few elements a thread, few lost."""
+    x, t = torch.ones(64 * 4096 + 1)[1:], torch.zeros(64 * 4096)  # 64 blocks
+    x[0] = 4096
+    with fastllm.use_backend("cuda"):
+        loss = F.mse_loss(x, t, reduction="sum").double().item()
+    assert abs(loss - (2**24 + x.numel() - 1)) <= 32
+
+
 def test_no_operation_waits_for_the_device():
     served = set()
     for op, arguments in plain_calls():
@@ -133,7 +142,7 @@ PLANTED = {
         "if (lane == 0) scratch[warp] = value;\n  sync_block();",
         "if (lane == 0) scratch[warp] = value;",
     ),
-    "an off-by-one at the tail": ("mse_loss.cu", "i < count; i += kThreads) sum", "i < count - 1; i += kThreads) sum"),
+    "an off-by-one at the tail": ("mse_loss.cu", "outside = count - vectors", "outside = count - 1 - vectors"),
     "a missing peel": ("mse_loss.cu", "< m.count ? to_boundary :", "< m.count ? 0 * to_boundary :"),
 }
 

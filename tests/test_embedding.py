@@ -1,9 +1,11 @@
 """embedding against float64, every option and dtype."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import DTYPES, INTERPRETED, check_against_float64, cpu_kernels
+from helpers import DEVICE, DTYPES, INTERPRETED, check_against_float64, cpu_kernels
 from operations import cases_of
 
 import fastllm.functional as F
@@ -111,6 +113,13 @@ def test_few_ids_of_a_table_beyond_the_caches(dtype):
     assert torch.equal(weight.grad, expected)
 
 
+checked = pytest.mark.skipif(
+    DEVICE == "cuda" and os.environ.get("FASTLLM_CHECK") != "1" or os.environ.get("FASTLLM_BACKEND") == "eager",
+    reason="PyTorch's own kernel stops the device",
+)
+
+
+@checked
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1])
 def test_id_out_of_range(bad, ids_dtype):
@@ -119,6 +128,7 @@ def test_id_out_of_range(bad, ids_dtype):
         F.embedding(ids, torch.randn(5, 3))
 
 
+@checked
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("bad", [-1, 5])
 @pytest.mark.parametrize("position", [511, 512, 1300])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import drawn
 
 import fastllm
 import fastllm.functional as F
@@ -89,11 +90,8 @@ def check(call, logits, tensors, target, *, outputs=ALL, top_ids=None, seed=0, g
     leaves = [t for t in tensors if t.requires_grad]
     if not names or not leaves:
         return got
-    generator = torch.Generator().manual_seed(seed)
-    incoming = [torch.randn(getattr(got, n).shape, generator=generator) for n in names]
-    found = torch.autograd.grad(
-        [getattr(got, n) for n in names], leaves, [g.to(getattr(got, n)) for g, n in zip(incoming, names, strict=True)]
-    )
+    incoming = [drawn(getattr(got, n), seed + i) for i, n in enumerate(names)]
+    found = torch.autograd.grad([getattr(got, n) for n in names], leaves, incoming)
     expected = torch.autograd.grad(
         [truth[n] for n in names], [w for w in wide if w.requires_grad], [g.double() for g in incoming]
     )

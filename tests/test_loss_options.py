@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as TF
-from helpers import check_against_float64
+from helpers import DEVICE, check_against_float64, drawn
 
 import fastllm
 import fastllm.functional as F
@@ -31,9 +31,9 @@ def data(dtype=torch.float32, rows=7, features=5, classes=6):
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape):
-        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        return torch.randn(shape, generator=generator, device="cpu").to(DEVICE, dtype).requires_grad_()
 
-    target = torch.randint(0, classes, (rows,), generator=generator)
+    target = torch.randint(0, classes, (rows,), generator=generator, device="cpu").to(DEVICE)
     target[1] = -100
     return draw(rows, features), draw(classes, features), draw(classes), draw(rows, classes), target
 
@@ -88,11 +88,10 @@ def test_num_items_is_the_count_of_all_micro_batches(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_num_items_with_probabilities_and_other_shapes(backend):
-    generator = torch.Generator().manual_seed(2)
     for shape in ((6,), (4, 6), (2, 6, 3)):
-        logits = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        logits = drawn(torch.empty(shape, dtype=torch.float64), 2).requires_grad_()
         class_dim = 0 if len(shape) == 1 else 1
-        probabilities = torch.rand(shape, generator=generator, dtype=torch.float64).softmax(class_dim)
+        probabilities = drawn(logits, 5).softmax(class_dim)
         for target in (probabilities, probabilities.argmax(class_dim), probabilities.argmax(class_dim).int()):
             with fastllm.use_backend(backend):
                 found = F.cross_entropy(logits, target, num_items=3)
@@ -217,11 +216,10 @@ def shifted_eagerly(x, w, target, ignore_index=-100, **options):
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("shape", [(6,), (3, 4), (2, 1), (2, 6)], ids=str)
 def test_shift_scores_the_next_target(shape, reduction, backend):
-    generator = torch.Generator().manual_seed(3)
-    w = torch.randn(6, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    w = drawn(torch.empty(6, 5, dtype=torch.float64), 3).requires_grad_()
     for dtype, ignore in itertools.product((torch.int64, torch.int32), (-100, 2, 2**40)):
-        x = torch.randn(*shape, 5, generator=generator, dtype=torch.float64).requires_grad_()
-        target = torch.randint(0, 6, shape, generator=generator).to(dtype)
+        x = drawn(torch.empty(*shape, 5, dtype=torch.float64), 4).requires_grad_()
+        target = torch.randint(0, 6, shape).to(dtype)
         kept = target.clone()
         with fastllm.use_backend(backend):
             check_against_float64(
@@ -234,7 +232,7 @@ def test_shift_scores_the_next_target(shape, reduction, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shift_with_the_other_options(backend):
-    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64).requires_grad_()
+    x = drawn(torch.empty(3, 4, 5, dtype=torch.float64), 4).requires_grad_()
     w = data(torch.float64)[1]
     target = torch.arange(12).view(3, 4) % 6
     target[0, 2] = -100

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as TF
 
 import fastllm
-from fastllm.lm.training import perplexity
 from fastllm.models import MLPLanguageModel
 from fastllm.models.sampling import filter_logits
 
@@ -161,16 +160,13 @@ def test_a_temperature_that_overflows_is_the_argmax(temperature):
 
 
 def test_modules_keep_their_modes():
-    """Generation and evaluation run without dropout, and change no module's mode, even if they end in an error."""
+    """Generation runs without dropout, and changes no module's mode, even if it ends in an error."""
     lm = model(dropout=0.5).train()
     lm.hidden[1].eval()  # a frozen part, as in fine-tuning
     modes = [module.training for module in lm.modules()]
     assert torch.equal(lm.generate(ids, 6, temperature=0.0), lm.generate(ids, 6, temperature=0.0))
-    assert perplexity(lm, ids.flatten(), 3) == perplexity(lm, ids.flatten(), 3)
     with pytest.raises(IndexError):
         lm.generate(ids + 30, 1)
-    with pytest.raises(IndexError):
-        perplexity(lm, ids.flatten() + 30, 3)
     assert [module.training for module in lm.modules()] == modes
 
 

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from helpers import check_against_float64
+from helpers import DEVICE, check_against_float64
 
 import fastllm
 import fastllm.functional as F
@@ -46,7 +46,7 @@ def _call(function, name, sample):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_opinfo_samples(name, dtype):
     info, count = opinfo(name), 0
-    for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
+    for sample in info.sample_inputs(DEVICE, dtype, requires_grad=True):
         count += 1
         inputs = [sample.input, *sample.args]
         ours, theirs = _call(FUNCTIONS[name], name, sample), _call(info.op, name, sample)
@@ -71,7 +71,7 @@ def test_opinfo_error_inputs(name):
     info = opinfo(name)
     if info.error_inputs_func is None:
         pytest.skip("PyTorch lists no error inputs for it")
-    for error in info.error_inputs(torch.device("cpu")):
+    for error in info.error_inputs(torch.device(DEVICE)):
         sample = error.sample_input
         with pytest.raises(error.error_type):
             _call(FUNCTIONS[name], name, sample)(sample.input, *sample.args)
@@ -94,7 +94,7 @@ def test_moduleinfo_samples(name, dtype, training):
     from torch.testing._internal.common_modules import module_db
 
     (info,), count = (info for info in module_db if info.module_cls.__name__ == name), 0
-    for sample in info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=training):
+    for sample in info.module_inputs_func(info, DEVICE, dtype, requires_grad=True, training=training):
         arguments, call = sample.constructor_input, sample.forward_input
         theirs = info.module_cls(*arguments.args, **arguments.kwargs).to(dtype)
         ours = LAYERS[name](*arguments.args, **arguments.kwargs).to(dtype)
@@ -102,7 +102,7 @@ def test_moduleinfo_samples(name, dtype, training):
         expected = theirs(*call.args, **call.kwargs)
         if name == "Linear":
             expected = torch.relu(expected)
-        torch.testing.assert_close(ours(*call.args, **call.kwargs), expected)
+        torch.testing.assert_close(ours(*call.args, **call.kwargs), expected, equal_nan=True)
         assert list(ours.state_dict()) == list(theirs.state_dict())
         count += 1
     assert count > 1

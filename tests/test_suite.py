@@ -20,7 +20,11 @@ from helpers import DTYPES
 
 TESTS = Path(__file__).resolve().parent
 # test_gpu.py runs on a machine with a GPU (make gpu-check). What is not installed leaves no test to run.
-NEEDED = {"triton": ("test_triton.py", "test_triton_aot.py"), "transformers": ("test_accelerate_families.py",)}
+NEEDED = {
+    "triton": ("test_triton.py", "test_triton_aot.py"),
+    "transformers": ("test_accelerate_families.py",),
+    "tokenizers": ("test_tokenizer.py", "test_training.py", "test_checkpoint.py", "test_train.py"),
+}
 ABSENT = (file for package, files in NEEDED.items() if importlib.util.find_spec(package) is None for file in files)
 ELSEWHERE = ("test_gpu.py", *ABSENT)
 COLLECT = """

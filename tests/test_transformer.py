@@ -224,6 +224,30 @@ def test_stop_id(lm):
             lm.generate(ids, 1, stop_id=wrong)
 
 
+@pytest.mark.parametrize("lm", [model(), MLPLanguageModel(V, 8, 8, 2).double()], ids=lambda lm: type(lm).__name__)
+def test_stream(lm):
+    """The same words as ``generate``, one at a time; between two of them the model is as the caller left it."""
+    lm.train()
+    options = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
+    whole = lm.generate(ids[0], 20, **options, generator=torch.Generator().manual_seed(3))
+    words = []
+    for word in lm.stream(ids[0], 20, **options, generator=torch.Generator().manual_seed(3)):
+        assert lm.training and torch.is_grad_enabled()
+        words.append(word)
+    assert words == whole[5:].tolist()
+    assert (
+        list(lm.stream(ids[0], 20, 0.0, stop_id=words[0]))
+        == lm.generate(ids[0], 20, 0.0, stop_id=words[0])[5:].tolist()
+    )
+    for wrong, message in (
+        ({"ids": ids}, "shape"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"stop_id": V}, "stop_id"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lm.stream(**{"ids": ids[0], "max_new_tokens": 1, **wrong})
+
+
 def test_state_dict_round_trip(tmp_path):
     for tied in (True, False):
         lm = model(tie_weights=tied)

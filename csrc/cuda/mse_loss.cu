@@ -49,7 +49,31 @@ FASTLLM_DEVICE Acc<T> elements_at(const Arrays<T>& a, int64_t i, const Vec<T, N>
   return sum;
 }
 
-// Elements [0, head) and the last ones, outside whole vectors, are the first block's.
+// The sum over this thread's share of `vectors` vectors of N elements; `place` says where a vector begins.
+template <Pass pass, bool weighted, int N, class T, class Place>
+FASTLLM_DEVICE Acc<T> share_of(const Arrays<T>& a, int64_t vectors, const Place& place, Acc<T> scale) {
+  Acc<T> sum = 0;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t v = first; v < vectors; v += kInFlight * stride) {
+    Vec<T, N> x[kInFlight], t[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (v + k * stride >= vectors) break;
+      x[k] = load_vec_streaming<N>(a.input + place(v + k * stride));
+      t[k] = load_vec_streaming<N>(a.target + place(v + k * stride));
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (v + k * stride >= vectors) break;
+      sum += elements_at<pass, weighted>(a, place(v + k * stride), x[k], t[k], scale);
+    }
+  }
+  return sum;
+}
+
+// Whole vectors begin behind `head` elements. All blocks share what lies outside them, too: where the arrays are not
+// aligned alike that is everything.
 template <class T, Pass pass, bool weighted>
 __global__ void __launch_bounds__(kThreads)
     elements(Arrays<T> a, const Acc<T>* divisor, bool correct, int64_t count, int64_t head, Acc<T>* partial) {
@@ -62,31 +86,9 @@ __global__ void __launch_bounds__(kThreads)
     scale *= incoming;
     if (divisor != nullptr) scale /= load(divisor);
   }
-  A sum = 0;
-  const int64_t vectors = (count - head) / N, stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const T *input = a.input + head, *target = a.target + head;
-  for (int64_t v = first; v < vectors; v += kInFlight * stride) {
-    Vec<T, N> x[kInFlight], t[kInFlight];
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      if (v + k * stride >= vectors) break;
-      x[k] = load_vec_streaming<N>(input + (v + k * stride) * N);
-      t[k] = load_vec_streaming<N>(target + (v + k * stride) * N);
-    }
-#pragma unroll
-    for (int k = 0; k < kInFlight; ++k) {
-      if (v + k * stride >= vectors) break;
-      sum += elements_at<pass, weighted>(a, head + (v + k * stride) * N, x[k], t[k], scale);
-    }
-  }
-  if (blockIdx.x == 0) {
-    const auto one = [&](int64_t i) {
-      return elements_at<pass, weighted>(a, i, load_vec<1>(a.input + i), load_vec<1>(a.target + i), scale);
-    };
-    for (int64_t i = threadIdx.x; i < head; i += kThreads) sum += one(i);
-    for (int64_t i = head + vectors * N + threadIdx.x; i < count; i += kThreads) sum += one(i);
-  }
+  const int64_t vectors = (count - head) / N, outside = count - vectors * N;
+  A sum = share_of<pass, weighted, N>(a, vectors, [&](int64_t v) { return head + v * N; }, scale);
+  sum += share_of<pass, weighted, 1>(a, outside, [&](int64_t i) { return i < head ? i : i + vectors * N; }, scale);
   if constexpr (makes_sum(pass)) {
     sum = reduce_block(sum, A(0), Sum(), reinterpret_cast<A*>(shared_memory()));
     if (threadIdx.x == 0) store(partial + blockIdx.x, sum);

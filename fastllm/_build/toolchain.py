@@ -131,6 +131,8 @@ def find_cuda_home() -> Path:
 def architecture_flags(wanted: str, known: set[str], say: Callable[[str], None] = print) -> list[str]:
     """nvcc's options for a list of GPU architectures.
 
+    Machine code for 9.0 is made for 9.0a: it runs on the same GPUs, and has wgmma and TMA.
+
     Parameters
     ----------
     wanted
@@ -158,7 +160,8 @@ def architecture_flags(wanted: str, known: set[str], say: Callable[[str], None] 
         if number not in known:
             say(f"fastllm: GPU architecture {name} is left out: this nvcc does not know it")
             continue
-        flags.append(f"-gencode=arch=compute_{number}{variant},code=sm_{number}{variant}")
+        machine = number + (variant or ("a" if number == "90" else ""))
+        flags.append(f"-gencode=arch=compute_{machine},code=sm_{machine}")
         if ptx:
             flags.append(f"-gencode=arch=compute_{number}{variant},code=compute_{number}{variant}")
     if not flags:
@@ -166,7 +169,7 @@ def architecture_flags(wanted: str, known: set[str], say: Callable[[str], None] 
             f"no GPU architecture is left of {wanted!r}: the CUDA kernels need 8.0 or newer, and this nvcc knows "
             f"{', '.join(sorted(known, key=int))}"
         )
-    return flags
+    return list(dict.fromkeys(flags))  # nvcc refuses one twice
 
 
 def find_cuda(torch_cuda: str, say: Callable[[str], None] = print) -> Cuda:

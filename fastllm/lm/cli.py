@@ -1,11 +1,11 @@
-"""The command line: ``fastllm train | generate | bench | build | info``."""
+"""The command line: ``fastllm train | generate | eval | bench | build | info``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +15,7 @@ import torch
 from fastllm import _native, backends
 from fastllm._build import cache
 from fastllm._build.toolchain import CompileFailed
-from fastllm.lm import data, training
-from fastllm.lm.tokenizer import Tokenizer
-from fastllm.models import MLPLanguageModel
+from fastllm.lm.options import add_arguments, at_least
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,38 +25,42 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = argparse.ArgumentDefaultsHelpFormatter
 
-    train = commands.add_parser("train", help="train a small language model on a text", formatter_class=defaults)
+    train = commands.add_parser("train", help="train a language model on a text")
     train.set_defaults(run=_train)
-    train.add_argument("--text", metavar="FILE", help="UTF-8 text to train on; Python's own reference if not given")
-    train.add_argument("--out", metavar="FILE", default="checkpoints/model.pt", help="where the checkpoint goes")
-    train.add_argument("--resume", metavar="FILE", help="go on with the run of this checkpoint")
-    train.add_argument("--steps", type=_positive, default=1500, help="steps of the optimizer")
-    train.add_argument("--batch-size", type=_positive, default=16, help="sequences in a batch")
-    train.add_argument("--sequence-length", type=_positive, default=64, help="words in a sequence")
-    train.add_argument("--learning-rate", type=float, default=2e-3, help="highest learning rate")
-    train.add_argument("--vocab-size", type=int, default=4096, help="size of the byte-pair vocabulary")
-    train.add_argument("--embedding-dim", type=_positive, default=64, help="size of an embedding")
-    train.add_argument("--hidden-dim", type=_positive, default=384, help="size of the hidden layers")
-    train.add_argument("--context-length", type=_positive, default=8, help="words that a prediction sees")
-    train.add_argument("--num-hidden-layers", type=_positive, default=1, help="number of hidden layers")
-    train.add_argument("--dropout", type=float, default=0.2, help="dropout of hidden activations")
-    train.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    train.add_argument("--prompt", default="The value of", help="what the sample at the end continues")
-    train.add_argument(
-        "--compare-eager",
-        action="store_true",
-        help="at the end, time a step against the same model in eager PyTorch",
+    where = train.add_argument_group("what it reads and writes")
+    where.add_argument("--text", metavar="FILE", nargs="+", help="UTF-8 texts to train on (Python's own reference)")
+    where.add_argument("--data", metavar="FILE.bin", help="tokens to train on, in the layout of nanoGPT or llm.c")
+    where.add_argument("--out", metavar="FILE", help="the checkpoint (checkpoints/model.safetensors)")
+    where.add_argument("--resume", metavar="FILE", help="go on with the run of this checkpoint")
+    where.add_argument("--log", metavar="FILE.jsonl", help="a line of JSON every ten steps (beside the checkpoint)")
+    where.add_argument("--log-dir", metavar="FOLDER", help="TensorBoard's events")
+    where.add_argument("--plot", metavar="FILE.png", help="at the end, a plot of the losses")
+    where.add_argument("--prompt", default="The value of", help="what the sample at the end continues")
+    where.add_argument(
+        "--dry-run", action="store_true", help="print parameters, FLOPs a token and memory; train nothing"
     )
+    where.add_argument("--compare", action="store_true", help="at the end, time a step against eager PyTorch")
+    where.add_argument("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
+    add_arguments(train.add_argument_group("the run"))
 
-    generate = commands.add_parser("generate", help="continue a text", formatter_class=defaults)
+    checkpoint = argparse.ArgumentParser(add_help=False)
+    checkpoint.add_argument(
+        "--checkpoint", metavar="FILE", default="checkpoints/model.safetensors", help="what `train` saved"
+    )
+    checkpoint.add_argument("--device", help="cpu, cuda, cuda:1 ... (by default a GPU if there is one)")
+    generate = commands.add_parser("generate", help="continue a text", parents=[checkpoint], formatter_class=defaults)
     generate.set_defaults(run=_generate)
-    generate.add_argument("--checkpoint", metavar="FILE", default="checkpoints/model.pt", help="what `train` saved")
     generate.add_argument("--prompt", default="The value of", help="the text to continue")
-    generate.add_argument("--tokens", type=int, default=100, help="number of tokens to add")
+    generate.add_argument("--tokens", type=at_least(0), default=100, help="number of tokens to add")
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token")
     generate.add_argument("--top-k", type=int, default=None, help="draw among the k most probable tokens")
     generate.add_argument("--top-p", type=float, default=0.95, help="draw among the tokens of this much probability")
-    generate.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    generate.add_argument("--seed", type=at_least(0, 2**64 - 1), default=0, help="seed of the draws")
+
+    evaluate = commands.add_parser("eval", help="loss of a text", parents=[checkpoint], formatter_class=defaults)
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("--text", metavar="FILE", nargs="+", required=True, help="UTF-8 texts")
+    evaluate.add_argument("--batch-size", type=at_least(1), default=16, help="sequences at a time")
 
     bench = commands.add_parser(
         "bench", help="time the operations against PyTorch (runs benchmarks/run.py of the source tree)", add_help=False
@@ -83,137 +85,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _train(arguments: argparse.Namespace) -> int:
+    from fastllm.lm import run
+
+    return run.train(arguments)
 
 
-def _new_trainer(options: argparse.Namespace) -> training.Trainer:
-    text = data.read_text(options.text)
-    tokenizer = Tokenizer.train(text, options.vocab_size)
-    ids = torch.tensor(tokenizer.encode(text))
-    train_ids, test_ids = data.split_ids(ids)
-    print(f"text: {len(text):,} characters, {len(ids):,} tokens of {tokenizer.vocab_size}; {len(test_ids):,} held out")
-    torch.manual_seed(options.seed)
-    model = MLPLanguageModel(
-        tokenizer.vocab_size,
-        options.embedding_dim,
-        options.hidden_dim,
-        options.context_length,
-        options.num_hidden_layers,
-        options.dropout,
-    )
-    run = training.TrainingOptions(
-        options.steps, options.batch_size, options.sequence_length, options.learning_rate, seed=options.seed
-    )
-    return training.Trainer(model, tokenizer, train_ids, run, test_ids)
+def _generate(arguments: argparse.Namespace) -> int:
+    from fastllm.lm import run
+
+    return run.generate(arguments)
 
 
-def _check_writable(out: str) -> None:
-    """OSError now, not after hours of training."""
-    file = Path(out)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise OSError(f"cannot write a checkpoint to {out}")
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from fastllm.lm import run
 
-
-class _InterruptAfterStep:
-    """Ctrl-C waits for the end of a step, so that what is saved is a whole one; a second Ctrl-C does not wait."""
-
-    def __enter__(self) -> _InterruptAfterStep:
-        self._asked = False
-        self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, *_: object) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-
-    def step_ends(self) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-
-
-def _train(options: argparse.Namespace) -> int:
-    if not options.prompt:
-        raise ValueError("the prompt must not be empty")
-    if options.resume:
-        trainer = training.Trainer.load(options.resume)
-        options.out = options.resume
-        print(f"resuming {options.resume} at step {trainer.step} of {trainer.options.steps}")
-    else:
-        _check_writable(options.out)
-        trainer = _new_trainer(options)
-    model, test_ids = trainer.model, trainer.test_ids
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"model: {parameters:,} parameters; backend: {backends.get_backend()}; threads: {torch.get_num_threads()}")
-    before = training.perplexity(model, test_ids)
-    print(f"held-out perplexity before training: {before:,.1f}")
-    progress = training.ProgressBar(trainer.options.steps)
-    per_step = trainer.options.batch_size * trainer.options.sequence_length
-    first = trainer.step
-
-    def show(step: int, loss: float) -> None:
-        rate = (step - first) * per_step / max(progress.elapsed(), 1e-9)
-        progress.update(step, f"loss {loss:.3f}  {rate:,.0f} tokens/s")
-        interrupt.step_ends()
-
-    try:
-        with _InterruptAfterStep() as interrupt:
-            trainer.run(callback=show)
-    except KeyboardInterrupt:
-        trainer.save(options.out)
-        print(f"\ninterrupted at step {trainer.step}; saved. To go on: fastllm train --resume {options.out}")
-        return 130
-    trainer.save(options.out)
-    after = training.perplexity(model, test_ids)
-    print(f"held-out perplexity after training: {after:,.1f} (before: {before:,.1f})")
-    print(f"saved {options.out}; to continue a text: fastllm generate --checkpoint {options.out} --prompt TEXT")
-    print(f"sample: {_continue(model, trainer.tokenizer, options.prompt, 60, 0.8, None, 0.95, options.seed)}")
-    if options.compare_eager:
-        _print_comparison(trainer)
-    return 0
-
-
-def _print_comparison(trainer: training.Trainer) -> None:
-    times = training.compare_with_eager(trainer)
-    print("time of a training step's forward and backward, same model and batches, in alternation (ms):")
-    for name, (least, median) in times.items():
-        print(f"  {name:<8} minimum {least:.2f}  median {median:.2f}")
-    least, median = (times["eager"][k] / times["fastllm"][k] for k in (0, 1))
-    print(f"  eager / fastllm: {least:.2f}x by minimum, {median:.2f}x by median")
-
-
-def _continue(model, tokenizer, prompt, tokens, temperature, top_k, top_p, seed) -> str:
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise ValueError("the prompt must not be empty")
-    generator = torch.Generator().manual_seed(seed)
-    out = model.generate(torch.tensor(ids), tokens, temperature, top_k, top_p, generator)
-    return tokenizer.decode(out.tolist())
-
-
-def _generate(options: argparse.Namespace) -> int:
-    model, tokenizer = training.load_model(options.checkpoint)
-    print(
-        _continue(
-            model,
-            tokenizer,
-            options.prompt,
-            options.tokens,
-            options.temperature,
-            options.top_k,
-            options.top_p,
-            options.seed,
-        )
-    )
-    return 0
+    return run.evaluate(arguments)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -253,9 +140,26 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
+def _silence(stream) -> None:
+    """What could not be written to a closed pipe is not tried again when Python ends."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _silence(sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status. A user's mistake is one line on stderr and status 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal need not know every character
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command == "bench":
@@ -263,10 +167,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return options.run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"fastllm {options.command}: {error}", file=sys.stderr)
+        status = options.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as in `fastllm info | head -1`
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                _silence(stream)
+        if options.command == "train":
+            _say("fastllm train: what read its output has gone; the last whole step is saved")
+        return 2
+    except (ValueError, RuntimeError, OSError, MemoryError, OverflowError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        _say(f"fastllm {options.command}: {lines[0]}")
         return 2
     except KeyboardInterrupt:
-        print(f"\nfastllm {options.command}: interrupted", file=sys.stderr)
+        _say(f"\nfastllm {options.command}: interrupted")
         return 130

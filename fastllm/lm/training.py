@@ -1,225 +1,226 @@
-"""Training a language model on a text: loop, schedule, checkpoints, perplexity."""
+"""Training a language model: the step of the optimizer, evaluation, and the state that a run goes on from."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
-import shutil
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastllm.lm.data import random_batch
-from fastllm.lm.tokenizer import Tokenizer
-from fastllm.models import MLPLanguageModel
+from fastllm.lm import checkpoint
+from fastllm.lm.data import Windows
+from fastllm.lm.options import Options
+from fastllm.lm.progress import ProgressBar
+from fastllm.models.base import LanguageModel
 from fastllm.models.sampling import evaluation_mode
 
+__all__ = ["ProgressBar", "Trainer", "compare_with_eager", "mean_loss"]
 
-@dataclass
-class TrainingOptions:
-    """What a run is made of; kept in its checkpoints."""
-
-    steps: int = 1500
-    batch_size: int = 16
-    sequence_length: int = 64
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.05
-    seed: int = 0
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to a tenth."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-class ProgressBar:
-    """One line on stderr: rewritten on a terminal, a line every tenth elsewhere."""
-
-    def __init__(self, total: int, stream=None) -> None:
-        self.total = total
-        self.stream = sys.stderr if stream is None else stream
-        self.live = self.stream.isatty()
-        self.start = time.monotonic()
-        self.shown = 0.0
-        self.tenth = -1
-
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self.start
-
-    def update(self, done: int, text: str) -> None:
-        last = done >= self.total
-        if self.live:
-            if time.monotonic() - self.shown < 0.1 and not last:
-                return
-            self.shown = time.monotonic()
-            filled = round(24 * done / self.total)
-            line = f"[{'#' * filled}{'.' * (24 - filled)}] {done}/{self.total}  {text}"
-            width = shutil.get_terminal_size().columns - 1
-            self.stream.write("\r" + line[:width].ljust(width) + ("\n" if last else ""))
-        elif 10 * done // self.total > self.tenth:
-            self.tenth = 10 * done // self.total
-            self.stream.write(f"{done}/{self.total}  {text}\n")
-        self.stream.flush()
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_BATCH, _DROPOUT = range(2)  # what random numbers are for
 
 
 @torch.no_grad()
-def perplexity(model: MLPLanguageModel, ids: Tensor, length: int = 64, batch_size: int = 64) -> float:
-    """``exp`` of the mean cross-entropy, in nats a word, of predicting each of ``ids`` but the first."""
+def mean_loss(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[float, int]:
+    """Mean cross-entropy in nats a word, and the number of words; ``model`` is in evaluation mode meanwhile."""
     total, count = 0.0, 0
-    length = min(length, len(ids) - 1)
-    whole = (len(ids) - 1) // length * length
-    inputs, targets = ids[:whole].view(-1, length), ids[1 : whole + 1].view(-1, length)
     with evaluation_mode(model):
-        for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-            total += model.loss(x, y).item() * y.numel()
-            count += y.numel()
-    return math.exp(total / count)
+        for ids, targets in batches:
+            total += loss(ids, targets).item() * targets.numel()
+            count += targets.numel()
+    return (total / count if count else math.nan), count
+
+
+class _Loss(nn.Module):
+    """The loss as a ``forward``, which is what wrappers of modules know."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        return self.model.loss(ids, targets)
 
 
 class Trainer:
     """A model, its optimizer and its place in a run.
 
+    All that is random in a step follows from the seed and the step's number, so that a run goes on after a checkpoint bit
+    for bit as it would have without one.
+
     Parameters
     ----------
     model
-        Trained in place.
-    tokenizer
-        Saved beside it.
-    train_ids : Tensor
-        ``(n,)`` ids to draw batches from.
-    test_ids : Tensor
-        ``(m,)`` ids held out for the perplexity.
+        Trained in place, on ``device``.
+    train : Windows
+        Batches are drawn from it.
+    test : Windows
+        Held out for evaluations; it may be empty.
+    options : Options
+        Resolved.
     """
 
     def __init__(
-        self,
-        model: MLPLanguageModel,
-        tokenizer: Tokenizer,
-        train_ids: Tensor,
-        options: TrainingOptions,
-        test_ids: Tensor,
+        self, model: LanguageModel, train: Windows, test: Windows, options: Options, device: torch.device | str = "cpu"
     ) -> None:
-        if len(train_ids) <= options.sequence_length + 1:
+        if len(train) == 0:
             raise ValueError(
-                f"the text has {len(train_ids)} tokens to train on; sequences of {options.sequence_length} need more"
+                f"the data has {train.words} words to train on; sequences of {options.sequence_length} need more"
             )
-        self.model = model
-        self.tokenizer = tokenizer
-        self.train_ids = train_ids
-        self.test_ids = test_ids
-        self.options = options
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.train, self.test, self.options = train, test, options
         self.step = 0
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, foreach=True
-        )
-        self.generator = torch.Generator().manual_seed(options.seed)
+        self.best_loss: float | None = None
+        self.evaluations_without_gain = 0
+        self.whole = True  # False in the middle of a step, when there is nothing to be saved
+        self.loss: nn.Module = _Loss(model)
+        if options.compile:
+            self.loss = torch.compile(self.loss)
+        self.optimizer = _optimizer(model, options)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.dtype == "fp16")
 
-    def batch(self) -> tuple[Tensor, Tensor]:
-        return random_batch(self.train_ids, self.options.batch_size, self.options.sequence_length, self.generator)
+    def _random(self, purpose: int) -> np.random.SeedSequence:
+        return np.random.SeedSequence((self.options.seed, self.step, purpose))
 
-    def train_step(self) -> Tensor:
-        """One step of the optimizer; the loss before it."""
+    def starts(self) -> np.ndarray:
+        """Where the sequences of this step's batch start."""
+        return self.train.draw(self.options.batch_size, np.random.default_rng(self._random(_BATCH)))
+
+    def batch(self, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        ids, targets = self.train.batch(starts)
+        return ids.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        dtype = DTYPES[self.options.dtype]
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer; the loss before it, and the gradient's length before it is clipped."""
+        options = self.options
+        self.whole = False
         for group in self.optimizer.param_groups:
-            group["lr"] = self.options.learning_rate_at(self.step)
-        loss = self.model.loss(*self.batch())
+            group["lr"] = options.learning_rate_at(self.step)
+        torch.manual_seed(int(self._random(_DROPOUT).generate_state(1, np.uint64)[0]))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        total = torch.zeros((), device=self.device)
+        for part in np.array_split(self.starts(), options.accumulation):
+            ids, targets = self.batch(part)
+            with self.autocast():
+                loss = self.loss(ids, targets) * (len(part) / options.batch_size)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step += 1
-        return loss.detach()
+        self.whole = True
+        return total, norm
 
-    def run(self, until: int | None = None, callback: Callable[[int, float], None] | None = None) -> None:
-        """Train up to step ``until`` (default: all steps); ``callback(step, smoothed loss)`` after each."""
-        self.model.train()
-        smoothed = None
-        for _ in range(self.step, self.options.steps if until is None else until):
-            loss = self.train_step().item()
-            smoothed = loss if smoothed is None else 0.98 * smoothed + 0.02 * loss
-            if callback is not None:
-                callback(self.step, smoothed)
+    def evaluate(self) -> float:
+        """Mean loss of the held-out words, of ``eval_words`` at most, in nats a word."""
+        with self.autocast():
+            return mean_loss(
+                self.loss,
+                lambda ids, targets: self.loss(ids.to(self.device), targets.to(self.device)),
+                self.test.in_order(self.options.batch_size, self.options.eval_words),
+            )[0]
 
-    def save(self, path: str | Path) -> None:
-        """Write a checkpoint; an interrupted write leaves the one before whole."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "format": 1,
-            "config": self.model.config,
-            "merges": torch.tensor(self.tokenizer.merges, dtype=torch.int32).reshape(-1, 2),
-            "options": asdict(self.options),
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "train_ids": self.train_ids,
-            "test_ids": self.test_ids,
-            "generator": self.generator.get_state(),
-            "torch_generator": torch.get_rng_state(),
+    def note(self, loss: float) -> bool:
+        """Keep count of evaluations; whether this one is the best."""
+        best = self.best_loss is None or loss < self.best_loss
+        if best:
+            self.best_loss, self.evaluations_without_gain = loss, 0
+        else:
+            self.evaluations_without_gain += 1
+        return best
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+            if isinstance(value, Tensor)
         }
-        part = path.with_name(path.name + ".part")
-        torch.save(state, part)
-        os.replace(part, path)
 
-    @classmethod
-    def load(cls, path: str | Path) -> Trainer:
-        """A run as :meth:`save` left it: it goes on bit for bit as it would have."""
-        state = load_state(path)
-        trainer = cls(
-            MLPLanguageModel(**state["config"]),
-            Tokenizer(state["merges"].tolist()),
-            state["train_ids"],
-            TrainingOptions(**state["options"]),
-            state["test_ids"],
+    def checkpoint(self, tokenizer: str | None, source: dict) -> checkpoint.Checkpoint:
+        """The state of the run.
+
+        Raises
+        ------
+        ValueError
+            A parameter is not finite.
+        """
+        parameters = {name: p.detach() for name, p in self.model.named_parameters()}
+        for name, value in parameters.items():
+            if not value.isfinite().all():
+                raise ValueError(f"training has failed: {name} is not finite at step {self.step}")
+        return checkpoint.Checkpoint(
+            model=self.options.model,
+            config=self.model.config,
+            tokenizer=tokenizer,
+            options=vars(self.options),
+            source=source,
+            step=self.step,
+            best_loss=self.best_loss,
+            evaluations_without_gain=self.evaluations_without_gain,
+            scaler=self.scaler.state_dict() or None,
+            tensors={f"model.{name}": value for name, value in parameters.items()}
+            | {f"optimizer.{name}": value for name, value in self._optimizer_state().items()},
         )
-        trainer.model.load_state_dict(state["model"])
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.step = state["step"]
-        trainer.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_generator"])
-        return trainer
+
+    def restore(self, state: checkpoint.Checkpoint, path: str | Path) -> None:
+        """Go on from a checkpoint, whose parameters the model has already.
+
+        Raises
+        ------
+        ValueError
+            The optimizer's state is of another model.
+        """
+        found = {k.removeprefix("optimizer."): t for k, t in state.tensors.items() if k.startswith("optimizer.")}
+        if found:  # there is none before the first step
+            for _, parameter in self.model.named_parameters():
+                self.optimizer.state[parameter] = self._empty_state(parameter)
+            checkpoint.fill(self._optimizer_state(), found, path)
+        self.step = state.step
+        self.best_loss = state.best_loss
+        self.evaluations_without_gain = state.evaluations_without_gain
+        if state.scaler is not None and self.scaler.is_enabled():
+            checkpoint.check_fields(path, state.scaler, self.scaler.state_dict())
+            self.scaler.load_state_dict(state.scaler)
+
+    def _empty_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        if self.options.optimizer == "adamw":
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        return {"momentum_buffer": torch.zeros_like(parameter)} if self.options.momentum else {}
 
 
-def load_state(path: str | Path) -> dict:
-    """What a checkpoint holds.
-
-    Raises
-    ------
-    ValueError
-        No such file, or no checkpoint of fastllm.
-    """
-    try:
-        state = torch.load(path, weights_only=True)
-    except OSError as error:
-        raise ValueError(f"cannot read checkpoint {path}: {error.strerror}") from error
-    except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint of fastllm: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != 1:
-        raise ValueError(f"{path} is not a checkpoint of fastllm")
-    return state
-
-
-def load_model(path: str | Path) -> tuple[MLPLanguageModel, Tokenizer]:
-    """Model and tokenizer of a checkpoint, for generation. Errors as :func:`load_state`."""
-    state = load_state(path)
-    model = MLPLanguageModel(**state["config"])
-    model.load_state_dict(state["model"])
-    return model.eval(), Tokenizer(state["merges"].tolist())
+def _optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """Biases and the gains of normalisations do not decay: they are no weights of a sum."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    # The fused step needs no temporary tensors of the parameters' size.
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 
 
 def compare_with_eager(trainer: Trainer, rounds: int = 15) -> dict[str, tuple[float, float]]:
     """Milliseconds a step of forward and backward, ours and eager PyTorch's, in alternation on the same batches and
     parameters: ``{"fastllm": (minimum, median), "eager": (minimum, median)}``."""
     times: dict[str, list[float]] = {"fastllm": [], "eager": []}
+    batch = trainer.batch(trainer.starts())
     for _ in range(rounds):
-        batch = trainer.batch()
         for name, backend in (("fastllm", None), ("eager", "eager")):
             trainer.model.zero_grad(set_to_none=True)
             start = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -148,9 +148,43 @@ class LanguageModel(nn.Module):
         backend: str | None = None,
     ) -> Tensor:
         """Continue ``ids``; see :func:`fastllm.models.sampling.generate`."""
-        if stop_id is not None and not 0 <= stop_id < self.config["vocab_size"]:
-            raise ValueError(f"generate: stop_id must be in [0, {self.config['vocab_size']}), got {stop_id}")
+        self._check_stop_id(stop_id)
         with sampling.evaluation_mode(self), self._on(backend):
             return sampling.generate(
                 self._predictor(), ids, max_new_tokens, temperature, top_k, top_p, generator, stop_id
             )
+
+    def stream(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        stop_id: int | None = None,
+        backend: str | None = None,
+    ) -> Iterator[int]:
+        """The words that :meth:`generate` appends to one prompt ``(T,)``, one at a time as they are drawn."""
+        self._check_stop_id(stop_id)
+        sampling.check_arguments(ids, max_new_tokens, temperature, top_k, top_p)
+        if ids.dim() != 1:
+            raise ValueError(f"stream: ids must be of shape (T,), got {tuple(ids.shape)}")
+        drawn = sampling.draw(
+            self._predictor(), ids[None], max_new_tokens, temperature, top_k, top_p, generator, stop_id
+        )
+        return self._stream(drawn, backend)
+
+    def _stream(self, drawn: Iterator[Tensor], backend: str | None) -> Iterator[int]:
+        while True:
+            # The caller runs between two words: nothing stays switched while it does.
+            with torch.no_grad(), sampling.evaluation_mode(self), self._on(backend):
+                word = next(drawn, None)
+            if word is None:
+                return
+            yield int(word)
+
+    def _check_stop_id(self, stop_id: int | None) -> None:
+        if stop_id is not None and not 0 <= stop_id < self.config["vocab_size"]:
+            raise ValueError(f"generate: stop_id must be in [0, {self.config['vocab_size']}), got {stop_id}")

@@ -46,6 +46,53 @@ def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None 
     return logits
 
 
+def draw(
+    next_logits: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    stop_id: int | None = None,
+) -> Iterator[Tensor]:
+    """The words that :func:`generate` appends to ``ids`` ``(B, T)``, ``(B, 1)`` at a time, as they are drawn."""
+    stopped = torch.zeros(ids.shape[0], 1, dtype=torch.bool, device=ids.device)
+    for _ in range(max_new_tokens):
+        logits = next_logits(ids).float()
+        if temperature < torch.finfo(torch.float32).tiny:
+            drawn = logits.argmax(dim=-1, keepdim=True)
+        else:
+            # The largest is subtracted first: it stays 0 where a small temperature sends the others to -inf.
+            scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+            kept = filter_logits(scaled, top_k, top_p)
+            drawn = torch.multinomial(kept.softmax(dim=-1), 1, generator=generator)
+        if stop_id is not None:
+            drawn = drawn.masked_fill(stopped, stop_id)
+            stopped = drawn == stop_id
+        drawn = drawn.to(ids.dtype)
+        yield drawn
+        if stop_id is not None and stopped.all():
+            return
+        ids = torch.cat([ids, drawn], dim=1)
+
+
+def check_arguments(
+    ids: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    """Errors of :func:`generate`."""
+    if ids.dim() not in (1, 2) or ids.shape[-1] < 1:
+        raise ValueError(f"generate: ids must be of shape (B, T) or (T,) with T >= 1, got {tuple(ids.shape)}")
+    if max_new_tokens < 0:
+        raise ValueError(f"generate: max_new_tokens must be >= 0, got {max_new_tokens}")
+    if not temperature >= 0.0:  # NaN neither
+        raise ValueError(f"generate: temperature must be >= 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: top_k must be >= 1, got {top_k}")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+
+
 def generate(
     next_logits: Callable[[Tensor], Tensor],
     ids: Tensor,
@@ -83,32 +130,8 @@ def generate(
     ValueError
         An empty ``ids``, a negative number, a ``temperature`` of NaN, ``top_k < 1`` or ``top_p`` outside ``(0, 1]``.
     """
-    if ids.dim() not in (1, 2) or ids.shape[-1] < 1:
-        raise ValueError(f"generate: ids must be of shape (B, T) or (T,) with T >= 1, got {tuple(ids.shape)}")
-    if max_new_tokens < 0:
-        raise ValueError(f"generate: max_new_tokens must be >= 0, got {max_new_tokens}")
-    if not temperature >= 0.0:  # NaN neither
-        raise ValueError(f"generate: temperature must be >= 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k must be >= 1, got {top_k}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
-    single = ids.dim() == 1
-    batch = ids.unsqueeze(0) if single else ids
-    stopped = torch.zeros(batch.shape[0], 1, dtype=torch.bool, device=batch.device)
-    for _ in range(max_new_tokens):
-        logits = next_logits(batch).float()
-        if temperature < torch.finfo(torch.float32).tiny:
-            drawn = logits.argmax(dim=-1, keepdim=True)
-        else:
-            # The largest is subtracted first: it stays 0 where a small temperature sends the others to -inf.
-            scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-            kept = filter_logits(scaled, top_k, top_p)
-            drawn = torch.multinomial(kept.softmax(dim=-1), 1, generator=generator)
-        if stop_id is not None:
-            drawn = drawn.masked_fill(stopped, stop_id)
-            stopped = drawn == stop_id
-        batch = torch.cat([batch, drawn.to(batch.dtype)], dim=1)
-        if stop_id is not None and stopped.all():
-            break
-    return batch[0] if single else batch
+    check_arguments(ids, max_new_tokens, temperature, top_k, top_p)
+    batch = ids.unsqueeze(0) if ids.dim() == 1 else ids
+    drawn = draw(next_logits, batch, max_new_tokens, temperature, top_k, top_p, generator, stop_id)
+    batch = torch.cat([batch, *drawn], dim=1)
+    return batch[0] if ids.dim() == 1 else batch
