@@ -19,8 +19,6 @@ template <class T>
 using Acc = typename AccOf<T>::type;  // in which sums of T are kept
 
 constexpr int kWarp = 32;
-template <class T>
-constexpr int kVec = 16 / static_cast<int>(sizeof(T));  // items of a 16-byte access
 
 template <class T>
 FASTLLM_DEVICE Acc<T> load_acc(const T* p) {
@@ -46,7 +44,7 @@ struct Sum {
 struct Max {  // NaN is dropped: sums carry it
   template <class A>
   FASTLLM_DEVICE A operator()(A a, A b) const {
-    return a > b ? a : b;
+    return greater_of(a, b);
   }
 };
 
