@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fastllm import eager
-from fastllm import log_probs as _log_probs
+from fastllm.operations import log_probs as _log_probs
 from fastllm.backends import check_eager, holds_numbers, native
-from fastllm.log_probs import LogProbs
+from fastllm.operations.log_probs import LogProbs
 from fastllm.operations.checks import check_linear
 from fastllm.operations.declaration import DTYPES, REDUCTIONS, accumulator, autocast_to
 

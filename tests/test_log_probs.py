@@ -10,7 +10,7 @@ from helpers import drawn
 
 import fastllm
 import fastllm.functional as F
-from fastllm.log_probs import DIFFERENTIABLE, FIELDS
+from fastllm.operations.log_probs import DIFFERENTIABLE, FIELDS
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("FASTLLM_BACKEND", "auto") not in ("auto", "eager"), reason="served by the eager backend alone"
