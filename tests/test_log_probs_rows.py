@@ -32,7 +32,7 @@ INF, NAN = float("inf"), float("nan")
 LOW_AND_HIGH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 # Of the largest number. The low precisions take a faster exponential: their logits and gradients are coarser still.
 FIELD_ERROR = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 1e-5, torch.float16: 1e-5}
-GRAD_ERROR = {torch.float32: 3e-6, torch.float64: 1e-14, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+GRAD_ERROR = {torch.float32: 3e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,8 @@ def check(x, y, **options):
 
 # Around groups of 16 bytes, the fewest and the most threads of a block, and what they read at once.
 SIZES = (1, 2, 7, 8, 9, 17, 63, 511, 512, 513, 1023, 1025, 2047, 2048, 2049, 4100, 8191, 8193, 20_003)
+if INTERPRETED:  # around tiles, and the four of them that are read at once
+    SIZES = (1, 8, 9, 63, 512, 2047, 2049, 8193)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -98,6 +98,7 @@ def _sum(x, SCALE: tl.constexpr):
     largest = tl.max(tl.abs(x), 0)
     largest = tl.where(finite & (largest > 0), largest, 1.0)
     parts = tl.where(finite, x / largest, 0.0) * SCALE
+    parts += tl.where(parts < 0, -0.5, 0.5)  # the conversion cuts off
     return tl.where(finite, tl.sum(parts.to(tl.int64), 0).to(x.dtype) * (largest / SCALE), plain)
 
 
@@ -337,10 +338,10 @@ def _backward(
     if inverse is not None:
         scale *= inverse
     scaled, g_scaled, offset = everywhere * scale, g_entropy * scale, entropy - tail
-    columns, mask = _edge_columns(head, groups, classes, VEC)
-    d = _gradient(logits_row + columns, mask, inverse, softcap, top, scaled, g_scaled, offset,
-                  grad_entropy is not None, SOFTCAP, FINE, ACC)  # fmt: skip
-    tl.store(grad_row + columns, d.to(grad.dtype.element_ty), mask=mask)
+    edge_columns, edge_mask = _edge_columns(head, groups, classes, VEC)
+    d_edge = _gradient(logits_row + edge_columns, edge_mask, inverse, softcap, top, scaled, g_scaled, offset,
+                       grad_entropy is not None, SOFTCAP, FINE, ACC)  # fmt: skip
+    tl.store(grad_row + edge_columns, d_edge.to(grad.dtype.element_ty), mask=edge_mask)
     for first in tl.range(0, groups, GROUPS):
         columns, mask = _group_columns(first, head, groups, GROUPS, VEC)
         d = _gradient(_aligned(logits_row, head, first, GROUPS, VEC, BYTES), mask, inverse, softcap, top, scaled,
@@ -394,7 +395,7 @@ def rows_forward(logits, target, temperature, top_ids, ignore_index, number, sof
     launch(
         _forward, (rows,), logits, logits, logits.stride(0), *tensors, *fields, *saved.unbind(0), *options,
         BLOCK=block, VEC=vec if aligned else 1, BYTES=16 if aligned else item,
-        SCALE=2.0 ** (52 if acc == torch.float64 else 40), num_warps=max(block // (32 * vec), 1), num_stages=1,
+        SCALE=2.0 ** (53 if acc == torch.float64 else 40), num_warps=max(block // (32 * vec), 1), num_stages=1,
         **constants,
     )  # fmt: skip
     return *results, saved
