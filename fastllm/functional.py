@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fastllm import eager
+from fastllm.backends import has_kernels, holds_numbers, native
 from fastllm.operations import log_probs as _log_probs
-from fastllm.backends import check_eager, holds_numbers, native
-from fastllm.operations.log_probs import LogProbs
 from fastllm.operations.checks import check_linear
 from fastllm.operations.declaration import DTYPES, REDUCTIONS, accumulator, autocast_to
+from fastllm.operations.log_probs import LogProbs
 
 __all__ = [
     "cross_entropy",
@@ -743,12 +743,14 @@ def log_probs(
     """
     op = "log_probs"
     ignore_index, temperature = _check_log_probs(op, ignore_index, temperature, softcap, input, target)
-    check_eager(op, input, target)
     if input.dim() < 1:
         raise IndexError(f"{op}: input must have at least 1 dimension, got 0")
     if input.dtype not in DTYPES:
         raise NotImplementedError(f"{op}: input must be float32, float64, bfloat16 or float16, got {input.dtype}")
-    return _log_probs.apply(op, input, None, None, target, ignore_index, temperature, softcap, outputs, top_ids)
+    kernels = has_kernels(op, input, target, *map(_tensor_or_none, (top_ids, temperature)))
+    return _log_probs.apply(
+        kernels, op, input, None, None, target, ignore_index, temperature, softcap, outputs, top_ids
+    )
 
 
 def linear_log_probs(
@@ -794,15 +796,19 @@ def linear_log_probs(
     """
     op = "linear_log_probs"
     ignore_index, temperature = _check_log_probs(op, ignore_index, temperature, softcap, input, linear_weight, target)
-    check_eager(op, input, linear_weight, target, linear_bias)
     kind = input.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         input, linear_weight, linear_bias = (autocast_to(t, dtype, kind) for t in (input, linear_weight, linear_bias))
     check_linear(op, "input", input, "linear_weight", linear_weight, "linear_bias", linear_bias)
+    kernels = has_kernels(op, input, linear_weight, target, linear_bias, *map(_tensor_or_none, (top_ids, temperature)))
     return _log_probs.apply(
-        op, input, linear_weight, linear_bias, target, ignore_index, temperature, softcap, outputs, top_ids
+        kernels, op, input, linear_weight, linear_bias, target, ignore_index, temperature, softcap, outputs, top_ids
     )
+
+
+def _tensor_or_none(value: object) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
 
 
 def _check_log_probs(

@@ -47,7 +47,9 @@ def test_every_plain_operation_has_a_launcher():
             continue
         module = importlib.import_module(f"fastllm.triton.{operation.name}")
         for kernel in operation.kernels:
-            assert kernel.function is not None or callable(getattr(module, kernel.name.removeprefix(f"{operation.name}_")))
+            assert kernel.function is not None or callable(
+                getattr(module, kernel.name.removeprefix(f"{operation.name}_"))
+            )
 
 
 def test_the_kernels_serve_the_call(monkeypatch):

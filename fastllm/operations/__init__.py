@@ -17,14 +17,27 @@ from fastllm.operations import (
 from fastllm.operations.declaration import DTYPES, LIBRARY, complete_in_extension, declare, implement_in_python
 from fastllm.operations.flops import register
 
-__all__ = ["DTYPES", "FUNCTIONS", "KERNELS", "LIBRARY", "NAMES", "OPERATIONS", "complete_in_extension", "implement_in_python"]
+__all__ = [
+    "DTYPES",
+    "FUNCTIONS",
+    "KERNELS",
+    "LIBRARY",
+    "NAMES",
+    "OPERATIONS",
+    "complete_in_extension",
+    "implement_in_python",
+]
 
 OPERATIONS = tuple(
     module.OPERATION
     for module in (embedding, linear_relu, relu_mlp, mse_loss, cross_entropy, linear_cross_entropy, log_probs)
 )
 NAMES = tuple(operation.name for operation in OPERATIONS if operation.schema is not None)
-FUNCTIONS = (*NAMES, "log_probs", "linear_log_probs")  # what fastllm.functional offers; the last two share their kernels
+FUNCTIONS = (
+    *NAMES,
+    "log_probs",
+    "linear_log_probs",
+)  # what fastllm.functional offers; the last two share their kernels
 KERNELS = tuple(kernel for operation in OPERATIONS for kernel in operation.kernels)
 
 declare(OPERATIONS)

@@ -15,18 +15,19 @@ them again, the row kernel turns them into their gradient where they stand, and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastllm import eager
-from fastllm.operations import flops
+from fastllm.operations import dense, flops
 from fastllm.operations.checks import as_rows, check_device, checked_indices
 from fastllm.operations.chunks import chunk_rows, rows_within
 from fastllm.operations.cross_entropy import has_contiguous_rows
 from fastllm.operations.declaration import Kernel, Operation, accumulator
-from fastllm.operations.node import differentiate, needs_grad
+from fastllm.operations.node import chosen_backend, differentiate, is_concrete, needs_grad, same_backend
 
 WORKSPACE = 80 << 20  # bytes of logits held at once, unless FASTLLM_LOSS_WORKSPACE gives another number
 MOST_TOP_IDS = 1024
@@ -103,30 +104,22 @@ def _rows_forward_fake(logits, target, temperature, top_ids, ignore_index, numbe
 
 
 class _Walk:
-    """The rows of a linear layer's output, a chunk at a time."""
+    """The logits of a linear layer, a chunk of rows at a time, in one buffer."""
 
     def __init__(self, input, weight, bias, target, temperature, top_ids):
         self.input, self.weight, self.bias = input.contiguous(), weight.contiguous(), bias
         self.of_rows = (target, temperature, top_ids)
         n, classes, item = input.shape[0], weight.shape[0], input.element_size()
-        self.step = chunk_rows(n, classes, item, rows_within(WORKSPACE, classes, item))
-        self.parts = [slice(i, min(i + self.step, n)) for i in range(0, n, self.step)]
-        # Rows of whole pieces of 16 bytes: a library's product by rows that are not is up to four times as slow.
-        self.buffer = input.new_empty(min(self.step, n), classes)
+        step = chunk_rows(n, classes, item, rows_within(WORKSPACE, classes, item))
+        self.parts = [slice(i, min(i + step, n)) for i in range(0, n, step)]
+        self.buffer = dense.empty_product(input, min(step, n), classes)
 
-    def chunk(self, part: slice) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The logits of a chunk, in the one buffer, and what belongs to its rows."""
-        logits = self.buffer[: part.stop - part.start]
-        multiply(logits, self.input[part], self.weight.t(), self.bias)
-        return logits, tuple(None if t is None else t[part] for t in self.of_rows)
-
-
-def multiply(out: Tensor, a: Tensor, b: Tensor, plus: Tensor | None = None) -> None:
-    """``out = a b``, plus a row (bias) or plus ``out`` itself: every product of the walk."""
-    if plus is None:
-        torch.mm(a, b, out=out)
-    else:
-        torch.addmm(plus, a, b, out=out)
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, tuple[Tensor | None, ...]]]:
+        """Of each chunk: which rows it is, their logits, and their targets, temperatures and top_ids."""
+        for part in self.parts:
+            logits = self.buffer[: part.stop - part.start]
+            dense.multiply(logits, self.input[part], self.weight.t(), self.bias)
+            yield part, logits, tuple(None if t is None else t[part] for t in self.of_rows)
 
 
 def _forward(input, weight, bias, target, temperature, top_ids, ignore_index, number, softcap, asked):
@@ -135,10 +128,8 @@ def _forward(input, weight, bias, target, temperature, top_ids, ignore_index, nu
         return torch.ops.fastllm.log_probs_rows_forward(input, target, temperature, top_ids, *options, asked)
     _check_values("linear_log_probs", target, temperature, top_ids, ignore_index, weight.shape[0])
     walk = _Walk(input, weight, bias, target, temperature, top_ids)
-    found = []
-    for part in walk.parts:
-        logits, of_rows = walk.chunk(part)
-        found.append(torch.ops.fastllm.log_probs_rows_forward(logits, *of_rows, *options, asked))
+    rows_forward = torch.ops.fastllm.log_probs_rows_forward
+    found = [rows_forward(logits, *of_rows, *options, asked) for _, logits, of_rows in walk]
     if not found:
         return _rows_forward_fake(input, target, temperature, top_ids, *options, asked)
     if len(found) == 1:
@@ -153,8 +144,8 @@ def _forward_fake(input, weight, bias, *arguments):
 
 def _empty_gradients(input, weight, need_input, need_weight, need_bias) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        input.new_empty(input.shape if need_input else 0),
-        input.new_empty(weight.shape if need_weight else 0),
+        dense.empty(input, *input.shape) if need_input else input.new_empty(0),
+        dense.empty(weight, *weight.shape) if need_weight else input.new_empty(0),
         input.new_empty(weight.shape[0] if need_bias else 0),
     )
 
@@ -165,22 +156,29 @@ def _backward(
 ):  # fmt: skip
     incoming = (grad_log_prob, grad_entropy, grad_lse, grad_top_log_prob)
     options = (ignore_index, number, softcap)
-    grad_input, grad_weight, grad_bias = _empty_gradients(input, weight, need_input, need_weight, need_bias)
-    backward = torch.ops.fastllm.log_probs_rows_backward_
+    grads = _empty_gradients(input, weight, need_input, need_weight, need_bias)
+    grad_input, grad_weight, grad_bias = grads
+    rows_backward = torch.ops.fastllm.log_probs_rows_backward_
     if weight is None:
-        backward(*incoming, saved, input, target, temperature, top_ids, *options, grad_input)
-        return grad_input, grad_weight, grad_bias
+        rows_backward(*incoming, saved, input, target, temperature, top_ids, *options, grad_input)
+        return grads
     walk = _Walk(input, weight, bias, target, temperature, top_ids)
     if not walk.parts:
-        return tuple(grad.zero_() for grad in (grad_input, grad_weight, grad_bias))
-    for part in walk.parts:
-        logits, of_rows = walk.chunk(part)
+        return tuple(grad.zero_() for grad in grads)
+    weight_sum = dense.Sum(grad_weight, of_several=len(walk.parts) > 1)
+    bias_sum = torch.zeros_like(grad_bias, dtype=accumulator(input.dtype))
+    for part, logits, of_rows in walk:
         of_part = (None if g is None else g[part] for g in incoming)
-        backward(*of_part, saved[:, part].contiguous(), logits, *of_rows, *options, logits)
+        rows_backward(*of_part, saved[:, part].contiguous(), logits, *of_rows, *options, logits)
         if need_input:
-            multiply(grad_input[part], logits, walk.weight)
-        raise NotImplementedError
-    return grad_input, grad_weight, grad_bias
+            dense.multiply(grad_input[part], logits, walk.weight)
+        if need_weight:
+            # Rows of ignored targets have gradients of 0, and 0 times NaN is NaN.
+            ignored = target[part] == ignore_index
+            weight_sum.add(logits.t(), walk.input[part].masked_fill(ignored[:, None], 0))
+        if need_bias:
+            bias_sum += logits.sum(0, dtype=bias_sum.dtype)
+    return grad_input, weight_sum.rounded() if need_weight else grad_weight, grad_bias.copy_(bias_sum)
 
 
 def _backward_fake(*arguments):
@@ -235,7 +233,7 @@ class LogProbsNode(torch.autograd.Function):
             input, weight, bias, target, temperature, top_ids, *options, asked
         )
         ctx.save_for_backward(saved, input, weight, bias, target, temperature, top_ids)
-        ctx.options = options
+        ctx.options, ctx.backend = options, chosen_backend()
         wanted = [(field, result) for field, result, ask in zip(FIELDS, results, asked, strict=True) if ask]
         ctx.fields = [field for field, _ in wanted]
         ctx.mark_non_differentiable(*(result for field, result in wanted if field not in DIFFERENTIABLE))
@@ -247,12 +245,50 @@ class LogProbsNode(torch.autograd.Function):
         given = dict(zip(ctx.fields, grad_outputs, strict=True))
         incoming = [given.get(field) for field in DIFFERENTIABLE]
         needs = ctx.needs_input_grad[:3]
-        grads = torch.ops.fastllm.log_probs_backward(*incoming, *ctx.saved_tensors, *ctx.options, *needs)
-        found = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        if torch.is_grad_enabled():
+            found = _differentiable_gradients(ctx, incoming, needs)
+        else:
+            arguments = (*(None if g is None else g.contiguous() for g in incoming), *ctx.saved_tensors, *ctx.options)
+            if ctx.backend is None:
+                grads = torch.ops.fastllm.log_probs_backward(*arguments, *needs)
+            else:
+                with same_backend(ctx.backend):
+                    grads = torch.ops.fastllm.log_probs_backward(*arguments, *needs)
+            found = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return *found, None, None, None, None, None
 
 
+def _differentiable_gradients(ctx, incoming: list[Tensor | None], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """By the definition, in PyTorch's differentiable operations."""
+    _, input, weight, bias, target, temperature, top_ids = ctx.saved_tensors
+    ignore_index, number, softcap = ctx.options
+    names = [field for field, g in zip(DIFFERENTIABLE, incoming, strict=True) if g is not None]
+
+    def definition(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+        found = _definition(
+            input,
+            weight,
+            bias,
+            target,
+            ignore_index,
+            number if temperature is None else temperature,
+            softcap,
+            names,
+            top_ids,
+        )
+        return tuple(found[name] for name in names)
+
+    return differentiate(definition, (input, weight, bias), needs, tuple(g for g in incoming if g is not None))
+
+
+def _definition(input, weight, bias, target, *arguments) -> dict[str, Tensor]:
+    if weight is None:
+        return eager.log_probs(input, target, *arguments)
+    return eager.linear_log_probs(input, weight, target, bias, *arguments)
+
+
 def apply(
+    kernels: bool,
     op: str,
     input: Tensor,
     weight: Tensor | None,
@@ -266,23 +302,32 @@ def apply(
 ) -> LogProbs:
     """Check the tensors, bring them to rows, and apply the node. ``input`` holds logits where ``weight`` is None."""
     _check_target(op, input, target)
-    if isinstance(temperature, Tensor):
+    per_token = isinstance(temperature, Tensor)
+    if per_token:
         _check_temperature(op, temperature, target)
     if top_ids is not None:
         _check_top_ids(op, top_ids, target)
     asked = _asked(op, outputs, top_ids)
-    per_token = isinstance(temperature, Tensor)
+    names = [field for field, ask in zip(FIELDS, asked, strict=True) if ask]
+    target = checked_indices(op, target)
+    if not kernels:
+        temperature = temperature.detach() if per_token else temperature
+        if not torch.compiler.is_compiling() and is_concrete(target):
+            classes = input.shape[-1] if weight is None else weight.shape[0]
+            of_rows = (temperature.reshape(-1) if per_token else None, None if top_ids is None else as_rows(top_ids))
+            _check_values(op, target.reshape(-1), *of_rows, ignore_index, classes)
+        return LogProbs(**_definition(input, weight, bias, target, ignore_index, temperature, softcap, names, top_ids))
+    x = as_rows(input)
     found = LogProbsNode.apply(
-        as_rows(input),
+        x if weight is not None or has_contiguous_rows(x) else x.contiguous(),
         weight,
         bias,
-        checked_indices(op, target).reshape(-1),
-        temperature.detach().reshape(-1) if per_token else None,
-        None if top_ids is None else as_rows(top_ids),
+        target.reshape(-1),
+        temperature.detach().to(accumulator(input.dtype)).reshape(-1) if per_token else None,
+        None if top_ids is None else as_rows(top_ids).contiguous(),
         (ignore_index, 1.0 if per_token else temperature, softcap),
         asked,
     )
-    names = [field for field, ask in zip(FIELDS, asked, strict=True) if ask]
     shapes = [top_ids.shape if name == "top_log_prob" else target.shape for name in names]
     return LogProbs(**{name: r.reshape(shape) for name, r, shape in zip(names, found, shapes, strict=True)})
 
