@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kThreads = 256;
 template <class T, bool general>
-constexpr int kBlocks = general || sizeof(T) == 8 ? 2 : 3;  // that a multiprocessor runs side by side
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : general ? 2 : 3;  // that a multiprocessor runs side by side
 template <class A>
 constexpr A kLeast = -1e4;  // stands for log p of -inf: exp() of it is 0, and 0 times it is 0
 constexpr int kNowhere = std::numeric_limits<int>::max();
