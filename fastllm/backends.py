@@ -59,11 +59,10 @@ def _why_no_cuda() -> str | None:
 
 
 _ALL = frozenset(operations.FUNCTIONS)
-_WITHOUT_LOG_PROBS = frozenset(OPERATIONS)  # which no GPU has kernels for yet
 TABLE = {  # in the order in which "auto" asks them
     "cpu": Backend("cpu", _ALL, ("cpu",), _native.MISSING),
-    "cuda": Backend("cuda", _WITHOUT_LOG_PROBS, ("cuda",), _why_no_cuda()),
-    "triton": Backend("triton", _WITHOUT_LOG_PROBS, triton.DEVICE_TYPES, triton.why_missing()),
+    "cuda": Backend("cuda", _ALL, ("cuda",), _why_no_cuda()),
+    "triton": Backend("triton", _ALL, triton.DEVICE_TYPES, triton.why_missing()),
     "eager": Backend("eager", _ALL, (), None),
 }
 NAMES = ("auto", *TABLE)  # their numbers in csrc/ops/backend.h

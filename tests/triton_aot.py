@@ -195,7 +195,11 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "probabilities", lambda: cross_entropy.forward(logits, logits, w, 1, *full, True)
     yield "loss alone", lambda: linear_cross_entropy.scale_(softmax[0, 0], x(64, 64))
     for classes, every in ((128256, False), (50257, False), (128256, True), (50257, True)):
-        logits, ids, g = x(16, classes), torch.zeros(16, 64 if every else 0, dtype=torch.int64), torch.empty(16, dtype=acc)
+        logits, ids, g = (
+            x(16, classes),
+            torch.zeros(16, 64 if every else 0, dtype=torch.int64),
+            torch.empty(16, dtype=acc),
+        )
         rows = (logits, y, g if every else None, ids, -100, 1.0, 30.0 if every else None)
         asked = [True] * 7 if every else [True, True, *[False] * 5]
         incoming = (g, g, g, torch.empty(ids.shape, dtype=acc)) if every else (g, g, None, None)

@@ -1,13 +1,14 @@
 // log_probs: per-token statistics of rows of logits (log-probability, entropy, argmax, ...) and their gradient.
 //
-// PyTorch writes log-probabilities in float32 and reads them again for every statistic: 4 or more streams of N x V items
-// forward, more backward. Here a row is read once forward, whatever is asked for, and read and written once backward.
+// PyTorch writes log-probabilities in float32 and reads them again for every statistic: 4 or more streams of N x V
+// items forward, more backward. Here a row is read once forward, whatever is asked for, and read and written once
+// backward.
 //
 // A row's result has the same bits wherever the row stands, and whatever rows are beside it: its columns are dealt to
-// the threads of one block in pieces of 16 bytes counted from the row's first column, not from a boundary of memory, and
-// the number of threads follows from the row's length. Where the pieces are not aligned, a thread loads the two aligned
-// pieces that one spans and joins them. The gradient of an element depends on that element and numbers of the row, so
-// that backward walks from boundary to boundary; sums and products that belong together are fused by name.
+// the threads of one block in pieces of 16 bytes counted from the row's first column, not from a boundary of memory,
+// and the number of threads follows from the row's length. Where the pieces are not aligned, a thread loads the two
+// aligned pieces that one spans and joins them. The gradient of an element depends on that element and numbers of the
+// row, so that backward walks from boundary to boundary; sums and products that belong together are fused by name.
 #include "cross_entropy_softmax.cuh"
 #include "log_probs.h"
 
@@ -16,7 +17,9 @@ namespace {
 
 constexpr int kThreads = 256;
 template <class T, bool general>
-constexpr int kBlocks = sizeof(T) == 8 ? 1 : general ? 2 : 3;  // that a multiprocessor runs side by side
+constexpr int kBlocks = sizeof(T) == 8 ? 1
+                        : general      ? 2
+                                       : 3;  // that a multiprocessor runs side by side
 template <class A>
 constexpr A kLeast = -1e4;  // stands for log p of -inf: exp() of it is 0, and 0 times it is 0
 constexpr int kNowhere = std::numeric_limits<int>::max();
@@ -114,8 +117,8 @@ FASTLLM_DEVICE Acc<T> exp_of(Acc<T> x) {
 // --- forward ----------------------------------------------------------------------------------------------------
 
 // Of some elements z of a row, the largest of which is `top`: over the others, with d = z - top, sums of e^d, d e^d and
-// e^2d; over all, the sum of z. That the largest is left out keeps the digits of what a nearly certain row leaves to the
-// others. NaN is in no maximum, but in the sums.
+// e^2d; over all, the sum of z. That the largest is left out keeps the digits of what a nearly certain row leaves to
+// the others. NaN is in no maximum, but in the sums.
 template <class A>
 struct TokenStats {
   A top = -kInfinity<A>, others = 0, fall = 0, squares = 0, sum = 0;
@@ -391,9 +394,9 @@ FASTLLM_DEVICE T gradient_of(const TokenRows<T>& r, const TokenRow<T>& row, cons
   return narrow<T>(g);
 }
 
-// The gradient at a place: a column with an incoming gradient of its own, the target or one of top_ids. Those may name a
-// column more than once: all its places find the same sums, in the order of the places, and so the same bits. 1 - p is
-// taken without cancellation, and the column's own gradients are left out of the sum that p multiplies.
+// The gradient at a place: a column with an incoming gradient of its own, the target or one of top_ids. Those may name
+// a column more than once: all its places find the same sums, in the order of the places, and so the same bits. 1 - p
+// is taken without cancellation, and the column's own gradients are left out of the sum that p multiplies.
 template <bool general, class T>
 FASTLLM_DEVICE Acc<T> gradient_at(const TokenRows<T>& r, const TokenRow<T>& row, const TokenSlope<Acc<T> >& s,
                                   const int* columns, const Acc<T>* incoming, int count, int place) {
@@ -552,8 +555,8 @@ bool is_general(const LogProbsRows& c) { return c.softcap != 0 || c.temperature 
 template <class T>
 Shape shape_of(const LogProbsRows& c, size_t shared) {
   constexpr int64_t kWarpBytes = 16 * kInFlight * kWarp;
-  const int64_t warps = ceil_div(c.classes * static_cast<int64_t>(sizeof(T)), kWarpBytes);
-  return {c.rows, kWarp * static_cast<int>(warps < 2 ? 2 : warps < kThreads / kWarp ? warps : kThreads / kWarp), shared};
+  const int64_t threads = kWarp * ceil_div(c.classes * static_cast<int64_t>(sizeof(T)), kWarpBytes);
+  return {c.rows, threads < 2 * kWarp ? 2 * kWarp : threads < kThreads ? static_cast<int>(threads) : kThreads, shared};
 }
 
 template <class T>

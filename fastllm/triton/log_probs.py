@@ -99,7 +99,7 @@ def _sum(x, SCALE: tl.constexpr):
     largest = tl.where(finite & (largest > 0), largest, 1.0)
     parts = tl.where(finite, x / largest, 0.0) * SCALE
     parts += tl.where(parts < 0, -0.5, 0.5)  # the conversion cuts off
-    return tl.where(finite, tl.sum(parts.to(tl.int64), 0).to(x.dtype) * (largest / SCALE), plain)
+    return tl.where(finite, tl.sum(parts.to(tl.int64), 0).to(x.dtype) / SCALE * largest, plain)
 
 
 @triton.jit

@@ -15,7 +15,8 @@ struct Rows {
   LogProbsRows arguments{};
 
   Rows(const Call& call, const Tensor& given, const Tensor& targets, const OptionalTensor& temperatures,
-       const OptionalTensor& ids, int64_t ignore_index, double number, std::optional<double> softcap, const Tensor& saved)
+       const OptionalTensor& ids, int64_t ignore_index, double number, std::optional<double> softcap,
+       const Tensor& saved)
       : logits(given), target(targets.contiguous()) {
     const int64_t rows = logits.size(0), classes = logits.size(1);
     TORCH_CHECK(classes <= kMostLogProbsClasses, kOp, ": the backend cuda serves at most 2^30 classes, got ", classes);
@@ -43,14 +44,32 @@ struct Rows {
   }
 
  private:
-  // Of ids where the target is ignored nothing is asked.
+  // IndexError or ValueError that names what is wrong; of ignored rows nothing is asked.
   void check(int64_t ignore_index) const {
-    const std::string range = "[0, " + std::to_string(logits.size(1)) + ")";
+    const int64_t classes = logits.size(1);
+    const std::string range = "[0, " + std::to_string(classes) + ")";
     check_indices(kOp, "target must be in " + range + " or ignore_index " + std::to_string(ignore_index), target,
-                  logits.size(1), ignore_index);
+                  classes, ignore_index);
+    const auto on_host = [](const Tensor& t, at::ScalarType dtype) {
+      return t.to(c10::Device(at::kCPU), dtype).contiguous();
+    };
+    const Tensor counted = on_host(target != ignore_index, at::kBool);
+    const bool* counts = counted.const_data_ptr<bool>();
+    if (temperature.defined()) {
+      const Tensor values = on_host(temperature, at::kDouble);
+      for (int64_t i = 0; i < values.numel(); ++i) {
+        const double value = values.const_data_ptr<double>()[i];
+        TORCH_CHECK_VALUE(!counts[i] || value > 0, kOp, ": temperature must be positive, got ", value, " at position ",
+                          i);
+      }
+    }
     if (!top_ids.defined()) return;
-    const Tensor ids = top_ids.masked_fill((target == ignore_index).unsqueeze(1), 0);
-    check_indices(kOp, "top_ids must be in " + range, ids, logits.size(1), std::nullopt);
+    const Tensor ids = on_host(top_ids, at::kLong);
+    for (int64_t i = 0; i < ids.numel(); ++i) {
+      const int64_t id = ids.const_data_ptr<int64_t>()[i], row = i / ids.size(1);
+      TORCH_CHECK_INDEX(!counts[row] || (id >= 0 && id < classes), kOp, ": top_ids must be in ", range, ", got ", id,
+                        " at row ", row, ", column ", i % ids.size(1));
+    }
   }
 };
 
