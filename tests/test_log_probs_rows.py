@@ -288,8 +288,12 @@ PLANTED = {
     "places read too late": ("  if (places > 0) sync_block();\n", "", "over_the_logits"),
     "a largest that is left out twice": (" + 1;  // with the top of that side", ";", "sizes and 2048"),
     "a NaN dropped": ("z[i + apart] = lesser_or_nan(a, b);", "z[i + apart] = a < b ? a : b;", "special_rows"),
-    "threads by the number of rows": ("const int64_t threads = kWarp *", "const int64_t threads = c.rows % 2 * kWarp + kWarp *", "same_bits"),
-    "an order that follows the alignment": ("reinterpret_cast<TokenStats<A>*>(shared_memory()));\n  const A top", "reinterpret_cast<TokenStats<A>*>(shared_memory()));\n  if (items_to_boundary(row.logits) != 0) s.others += A(1e-6);\n  const A top", "same_bits"),
+    "threads by the number of rows": ("threads = kWarp * ceil", "threads = c.rows % 2 * kWarp + kWarp * ceil", "same_bits"),
+    "sums that follow the alignment": (
+        "= read_columns<general>(r, row);",
+        "= read_columns<general>(r, row);\n  s.others += items_to_boundary(row.logits) * A(1e-6);",
+        "same_bits",
+    ),
     "a repeated id counted once": ("own += incoming[i];", "own = incoming[i];", "ids_that_repeat"),
 }  # fmt: skip
 
