@@ -702,10 +702,8 @@ def log_probs(
     - ``argmax``, the lowest index of the largest z;
     - ``mean_logit``, the mean of z over the classes, and ``log_sum_sq_probs``, :math:`\log\sum_c p_c^2`.
 
-    The first four are differentiable, once, for any incoming gradients of any of them.
-
-    There is no fused kernel yet: PyTorch's operations serve every device, on a chunk of rows at a time, so that no second
-    tensor of the logits' size is held in forward. It saves memory, not time.
+    The first four are differentiable, for any incoming gradients of any of them. A row is read once in forward, whatever is
+    asked for, and once in backward; nothing else of the logits' size is held but their gradient.
 
     Parameters
     ----------
@@ -738,8 +736,8 @@ def log_probs(
         A batch size that does not match, ``softcap <= 0``, ``temperature <= 0``, a name in ``outputs`` that is no
         field, too many ``top_ids``.
     RuntimeError
-        Other shapes, dtypes or devices that do not match; a ``temperature`` that requires a gradient; a backend other
-        than ``"eager"`` asked for by name; a second derivative, or a transform of ``torch.func``.
+        Other shapes, dtypes or devices that do not match; a ``temperature`` that requires a gradient; a backend asked
+        for by name that cannot serve the call.
     """
     op = "log_probs"
     ignore_index, temperature = _check_log_probs(op, ignore_index, temperature, softcap, input, target)
@@ -767,9 +765,10 @@ def linear_log_probs(
 ) -> LogProbs:
     """``log_probs(linear(input, linear_weight, linear_bias), target, ...)`` without the N x V logits.
 
-    Logits exist for a chunk of rows at a time, in forward and, computed again, in backward: at most 80 MiB of them in the
-    dtype of sums, unless the environment variable ``FASTLLM_LOSS_WORKSPACE`` gives another number of bytes, and never
-    fewer than 64 rows. There is no fused kernel yet: PyTorch's operations serve every device. It saves memory, not time.
+    Logits exist for a chunk of rows at a time, in forward and, computed again, in backward: at most 80 MiB of them,
+    unless the environment variable ``FASTLLM_LOSS_WORKSPACE`` gives another number of bytes, and never
+    fewer than 64 rows. Backward multiplies once more than that of
+    :func:`linear_cross_entropy`, which knows its incoming gradient in forward.
 
     Parameters
     ----------
