@@ -135,7 +135,7 @@ def _inverse(temperature, number, row, SCALED: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["stride"], do_not_specialize_on_alignment=["logits"])
-def _forward(
+def _statistics(
     logits, stride, target, temperature, top_ids,  # (N, V) rows; (N,); (N,) acc or None; (N, TOP)
     log_prob, entropy, lse, argmax, mean_logit, log_sum_sq_probs,  # (N,), None where not asked for
     top_log_prob, saved_top, saved_tail, saved_entropy,  # (N, TOP) or None; (N,) each
@@ -278,7 +278,7 @@ def _incoming(field, row, ACC: tl.constexpr):
 
 
 @triton.jit
-def _backward(
+def _statistics_gradient(
     logits, stride, base, target, temperature, top_ids,
     grad_log_prob, grad_entropy, grad_lse, grad_top_log_prob,  # of acc, None where there is none
     saved_top, saved_tail, saved_entropy, grad, grad_stride,
@@ -393,7 +393,7 @@ def rows_forward(logits, target, temperature, top_ids, ignore_index, number, sof
     block = min(triton.next_power_of_2(max(classes, 32)), 32 * FORWARD_WARPS * vec)
     aligned = logits.data_ptr() % 16 == 0 and classes % vec == 0 and (rows == 1 or logits.stride(0) % vec == 0)
     launch(
-        _forward, (rows,), logits, logits, logits.stride(0), *tensors, *fields, *saved.unbind(0), *options,
+        _statistics, (rows,), logits, logits, logits.stride(0), *tensors, *fields, *saved.unbind(0), *options,
         BLOCK=block, VEC=vec if aligned else 1, BYTES=16 if aligned else item,
         SCALE=2.0 ** (53 if acc == torch.float64 else 40), num_warps=max(block // (32 * vec), 1), num_stages=1,
         **constants,
@@ -415,7 +415,7 @@ def rows_backward_(grad_log_prob, grad_entropy, grad_lse, grad_top_log_prob, sav
     tile = triton.next_power_of_2(max(min(classes, BACKWARD_BYTES // item), 32))
     ids = constants["IDS"]
     launch(
-        _backward, (rows,), logits, logits, logits.stride(0), logits.data_ptr() % 16 // item, *tensors,
+        _statistics_gradient, (rows,), logits, logits, logits.stride(0), logits.data_ptr() % 16 // item, *tensors,
         grad_log_prob, grad_entropy, grad_lse, grad_top_log_prob if constants["TOP"] else None,
         *saved.unbind(0), grad, grad.stride(0), *options,
         GROUPS=max(tile // vec, 1), VEC=vec, BYTES=vec * item, TOGETHER=min(max(MATCHES // ids, 1), ids),
