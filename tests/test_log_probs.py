@@ -476,6 +476,32 @@ def test_repeated_calls_give_the_same_bits(small_chunks):
     assert all(torch.equal(a, b) for a, b in zip(step(), step(), strict=True))
 
 
+@cpu_kernels
+@kernels
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_row_has_the_same_bits_in_any_batch(dtype):
+    """Alone or among others, wherever it starts in memory, by one thread or two."""
+
+    def results(logits, target, ids):
+        logits = logits.detach().requires_grad_()
+        fields = fields_of(plain_call, DIFFERENTIABLE, target, top_ids=ids, temperature=0.7)(logits)
+        return [*fields, *torch.autograd.grad([f.sum() for f in fields], logits)]
+
+    logits, target, ids = torch.randn(67, 3001).to(dtype), torch.arange(67), torch.randint(3001, (67, 3))
+    alone = [
+        torch.cat(r)
+        for r in zip(*(results(logits[i : i + 1], target[i : i + 1], ids[i : i + 1]) for i in range(67)), strict=True)
+    ]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for rows in (logits, torch.cat([logits[:, :5], logits], 1)[:, 5:]):
+                assert all(torch.equal(a, b) for a, b in zip(results(rows, target, ids), alone, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
 IDS = torch.tensor([[0], [-1], [2]])
 X, Y, W = torch.randn(3, 4), torch.tensor([0, 1, 2]), torch.randn(5, 4)
 WRONG = [
