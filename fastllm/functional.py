@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fastllm import eager
-from fastllm import log_probs as _log_probs
-from fastllm.backends import check_eager, holds_numbers, native
-from fastllm.log_probs import LogProbs
+from fastllm.backends import has_kernels, holds_numbers, native
+from fastllm.operations import log_probs as _log_probs
 from fastllm.operations.checks import check_linear
 from fastllm.operations.declaration import DTYPES, REDUCTIONS, accumulator, autocast_to
+from fastllm.operations.log_probs import LogProbs
 
 __all__ = [
     "cross_entropy",
@@ -702,10 +702,8 @@ def log_probs(
     - ``argmax``, the lowest index of the largest z;
     - ``mean_logit``, the mean of z over the classes, and ``log_sum_sq_probs``, :math:`\log\sum_c p_c^2`.
 
-    The first four are differentiable, once, for any incoming gradients of any of them.
-
-    There is no fused kernel yet: PyTorch's operations serve every device, on a chunk of rows at a time, so that no second
-    tensor of the logits' size is held in forward. It saves memory, not time.
+    The first four are differentiable, for any incoming gradients of any of them. A row is read once in forward, whatever is
+    asked for, and once in backward; nothing else of the logits' size is held but their gradient.
 
     Parameters
     ----------
@@ -738,17 +736,19 @@ def log_probs(
         A batch size that does not match, ``softcap <= 0``, ``temperature <= 0``, a name in ``outputs`` that is no
         field, too many ``top_ids``.
     RuntimeError
-        Other shapes, dtypes or devices that do not match; a ``temperature`` that requires a gradient; a backend other
-        than ``"eager"`` asked for by name; a second derivative, or a transform of ``torch.func``.
+        Other shapes, dtypes or devices that do not match; a ``temperature`` that requires a gradient; a backend asked
+        for by name that cannot serve the call.
     """
     op = "log_probs"
     ignore_index, temperature = _check_log_probs(op, ignore_index, temperature, softcap, input, target)
-    check_eager(op, input, target)
     if input.dim() < 1:
         raise IndexError(f"{op}: input must have at least 1 dimension, got 0")
     if input.dtype not in DTYPES:
         raise NotImplementedError(f"{op}: input must be float32, float64, bfloat16 or float16, got {input.dtype}")
-    return _log_probs.apply(op, input, None, None, target, ignore_index, temperature, softcap, outputs, top_ids)
+    kernels = has_kernels(op, input, target, *map(_tensor_or_none, (top_ids, temperature)))
+    return _log_probs.apply(
+        kernels, op, input, None, None, target, ignore_index, temperature, softcap, outputs, top_ids
+    )
 
 
 def linear_log_probs(
@@ -765,9 +765,10 @@ def linear_log_probs(
 ) -> LogProbs:
     """``log_probs(linear(input, linear_weight, linear_bias), target, ...)`` without the N x V logits.
 
-    Logits exist for a chunk of rows at a time, in forward and, computed again, in backward: at most 80 MiB of them in the
-    dtype of sums, unless the environment variable ``FASTLLM_LOSS_WORKSPACE`` gives another number of bytes, and never
-    fewer than 64 rows. There is no fused kernel yet: PyTorch's operations serve every device. It saves memory, not time.
+    Logits exist for a chunk of rows at a time, in forward and, computed again, in backward: at most 80 MiB of them,
+    unless the environment variable ``FASTLLM_LOSS_WORKSPACE`` gives another number of bytes, and never
+    fewer than 64 rows. Backward multiplies once more than that of
+    :func:`linear_cross_entropy`, which knows its incoming gradient in forward.
 
     Parameters
     ----------
@@ -794,15 +795,19 @@ def linear_log_probs(
     """
     op = "linear_log_probs"
     ignore_index, temperature = _check_log_probs(op, ignore_index, temperature, softcap, input, linear_weight, target)
-    check_eager(op, input, linear_weight, target, linear_bias)
     kind = input.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         input, linear_weight, linear_bias = (autocast_to(t, dtype, kind) for t in (input, linear_weight, linear_bias))
     check_linear(op, "input", input, "linear_weight", linear_weight, "linear_bias", linear_bias)
+    kernels = has_kernels(op, input, linear_weight, target, linear_bias, *map(_tensor_or_none, (top_ids, temperature)))
     return _log_probs.apply(
-        op, input, linear_weight, linear_bias, target, ignore_index, temperature, softcap, outputs, top_ids
+        kernels, op, input, linear_weight, linear_bias, target, ignore_index, temperature, softcap, outputs, top_ids
     )
+
+
+def _tensor_or_none(value: object) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
 
 
 def _check_log_probs(

@@ -130,6 +130,8 @@ LEAST = {
     "test_embedding.py": (80, 16),
     "test_linear_cross_entropy.py": (50, 1),
     "test_linear_relu.py": (10, 2),
+    "test_log_probs.py": (40, 6),
+    "test_log_probs_rows.py": (80, 20),
     "test_mse_loss.py": (12, 1),
     "test_opinfo.py": (12, 3),
     "test_relu_mlp.py": (4, 1),

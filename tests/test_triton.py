@@ -41,11 +41,15 @@ def chosen():
 
 def test_every_plain_operation_has_a_launcher():
     schemas = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastllm_triton::")}
-    assert schemas == {kernel.name for kernel in operations.KERNELS}
+    assert schemas == {kernel.name for kernel in operations.KERNELS if kernel.function is None}
     for operation in operations.OPERATIONS:
+        if operation.name in fastllm.triton.WITHOUT_LAUNCHERS:
+            continue
         module = importlib.import_module(f"fastllm.triton.{operation.name}")
         for kernel in operation.kernels:
-            assert callable(getattr(module, kernel.name.removeprefix(f"{operation.name}_")))
+            assert kernel.function is not None or callable(
+                getattr(module, kernel.name.removeprefix(f"{operation.name}_"))
+            )
 
 
 def test_the_kernels_serve_the_call(monkeypatch):

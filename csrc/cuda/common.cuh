@@ -76,6 +76,13 @@ FASTLLM_DEVICE int64_t items_to_boundary(const T* p) {
   return static_cast<int64_t>((16 - reinterpret_cast<uintptr_t>(p) % 16) % 16 / sizeof(T));
 }
 
+// The largest power of two, at most 16, that divides how far rows of `other` lie from rows of `p`, in bytes.
+inline int common_width(const void* p, int64_t p_bytes, const void* other, int64_t other_bytes) {
+  const uint64_t apart = (reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(other)) |
+                         static_cast<uint64_t>(p_bytes - other_bytes) | 16;
+  return static_cast<int>(apart & -apart);
+}
+
 // --- launch -----------------------------------------------------------------------------------------------------
 
 struct Shape {

@@ -158,13 +158,6 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, general>) backwar
 
 // --- launchers --------------------------------------------------------------------------------------------------
 
-// The largest power of two, at most 16, that divides how far rows of `other` lie from those of `logits`.
-int common_width(const void* logits, int64_t logits_bytes, const void* other, int64_t other_bytes) {
-  const uint64_t apart = (reinterpret_cast<uintptr_t>(logits) - reinterpret_cast<uintptr_t>(other)) |
-                         static_cast<uint64_t>(logits_bytes - other_bytes) | 16;
-  return static_cast<int>(apart & -apart);
-}
-
 template <class T>
 Rows<T> rows_of(const CrossEntropy& c) {
   using A = Acc<T>;

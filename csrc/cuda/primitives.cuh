@@ -214,9 +214,27 @@ FASTLLM_DEVICE float exp2_fast(float x) {
 }
 FASTLLM_DEVICE double exp2_fast(double x) { return exp2(x); }
 
+// A product that is rounded: no addition is fused with it.
+FASTLLM_DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
+FASTLLM_DEVICE double times(double a, double b) { return __dmul_rn(a, b); }
+
 // The greater; a NaN gives way to the other number.
 FASTLLM_DEVICE float greater_of(float a, float b) { return fmaxf(a, b); }
 FASTLLM_DEVICE double greater_of(double a, double b) { return fmax(a, b); }
+
+// The greater, the lesser; NaN where one of the two is.
+FASTLLM_DEVICE float greater_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+FASTLLM_DEVICE float lesser_or_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+FASTLLM_DEVICE double greater_or_nan(double a, double b) { return a > b || a != a ? a : b; }
+FASTLLM_DEVICE double lesser_or_nan(double a, double b) { return a < b || a != a ? a : b; }
 
 // --- threads ----------------------------------------------------------------------------------------------------
 

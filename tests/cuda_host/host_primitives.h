@@ -123,8 +123,23 @@ Vec<T, N> narrow_items(const A (&x)[N]) {
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline double exp2_fast(double x) { return std::exp2(x); }
 
+template <class A>
+A times(A a, A b) {
+  A product = a * b;
+  asm("" : "+x"(product));
+  return product;
+}
+
 inline float greater_of(float a, float b) { return std::fmax(a, b); }
 inline double greater_of(double a, double b) { return std::fmax(a, b); }
+template <class A>
+A greater_or_nan(A a, A b) {
+  return a > b || a != a ? a : b;
+}
+template <class A>
+A lesser_or_nan(A a, A b) {
+  return a < b || a != a ? a : b;
+}
 
 // --- threads ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-r"""Per-token statistics of logits, for losses over chosen tokens (policy gradients, DPO, distillation).
+r"""log_probs and linear_log_probs: per-token statistics of logits, for losses over chosen tokens.
 
 With :math:`z = \mathrm{cap}(x) / T`, :math:`p = \mathrm{softmax}(z)`, :math:`\ell = \log\sum_c e^{z_c}` and H the entropy,
 the incoming gradients g of ``log_prob``, ``entropy``, ``lse`` and ``top_log_prob`` give
@@ -7,26 +7,29 @@ the incoming gradients g of ``log_prob``, ``entropy``, ``lse`` and ``top_log_pro
     \frac{\partial}{\partial z_c} = p_c\,\Bigl(g_\ell - g_y - \sum_k g_k - (\log p_c + H)\,g_H\Bigr)
         + [c = y]\,g_y + \sum_k [c = t_k]\,g_k
 
-Rows are walked in chunks, in plain PyTorch on every device: there is no fused kernel yet. Backward computes the logits of
-a chunk again from the saved input.
+Every backend has two row kernels, which read rows of logits and write their statistics or their gradient. The loop of
+``linear_log_probs`` is the same for all of them: a product makes a chunk's logits, a row kernel reads them. Backward makes
+them again, the row kernel turns them into their gradient where they stand, and two products take that to ``input`` and
+``weight``: four products in all. ``linear_cross_entropy`` needs three, because it knows in forward what comes in backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as TF
 
-from fastllm.operations import flops
+from fastllm import eager
+from fastllm.operations import dense, flops
 from fastllm.operations.checks import as_rows, check_device, checked_indices
 from fastllm.operations.chunks import chunk_rows
-from fastllm.operations.declaration import Kernel, accumulator, declare_for_any_device
-from fastllm.operations.node import needs_grad
+from fastllm.operations.cross_entropy import has_contiguous_rows
+from fastllm.operations.declaration import Kernel, Operation, accumulator
+from fastllm.operations.node import chosen_backend, differentiate, is_concrete, needs_grad, same_backend
 
 WORKSPACE = 80 << 20  # bytes of logits held at once, unless FASTLLM_LOSS_WORKSPACE gives another number
-LEAST = -1e4  # stands for log p of -inf: exp() of it is 0, and 0 times it is 0
 MOST_TOP_IDS = 1024
 
 
@@ -44,37 +47,6 @@ class LogProbs(NamedTuple):
 
 FIELDS = LogProbs._fields
 DIFFERENTIABLE = ("log_prob", "entropy", "lse", "top_log_prob")
-
-
-class _Rows:
-    """The rows' logits, chunk by chunk, in the dtype of sums."""
-
-    def __init__(self, input, weight, bias, target, temperature, ignore_index, number, softcap):
-        self.input, self.weight, self.bias = input, weight, bias
-        self.temperature, self.number, self.softcap = temperature, number, softcap
-        self.classes = input.shape[1] if weight is None else weight.shape[0]
-        self.dtype = accumulator(input.dtype)
-        self.ignored = target == ignore_index
-        self.target = target.masked_fill(self.ignored, 0).long()
-        step = chunk_rows(len(target), self.classes, self.dtype.itemsize, WORKSPACE)
-        self.parts = [slice(i, i + step) for i in range(0, len(target) if self.classes else 0, step)]
-
-    def logits(self, part: slice) -> tuple[Tensor, Tensor | None]:
-        """``z`` of a chunk, and ``tanh(x / softcap)``. Without a weight ``z`` may be the caller's memory."""
-        x = self.input[part]
-        if self.weight is not None:
-            x = TF.linear(x, self.weight, self.bias)
-        z, squashed = x.to(self.dtype), None
-        if self.softcap is not None:
-            squashed = (z / self.softcap).tanh_()
-            z = squashed * self.softcap
-        divisor = self.divisor(part)
-        return (z if divisor is None else z / divisor), squashed
-
-    def divisor(self, part: slice) -> Tensor | float | None:
-        if self.temperature is not None:
-            return self.temperature[part].to(self.dtype)[:, None]
-        return None if self.number == 1.0 else self.number
 
 
 def _check_values(op: str, target, temperature, top_ids, ignore_index: int, classes: int) -> None:
@@ -106,7 +78,13 @@ def _check_values(op: str, target, temperature, top_ids, ignore_index: int, clas
 
 _ARGUMENTS = "Tensor input, Tensor? weight, Tensor? bias, Tensor target, Tensor? temperature, Tensor? top_ids"
 _OPTIONS = "int ignore_index, float number, float? softcap"
-_RESULTS = ", ".join(["Tensor"] * (len(FIELDS) + 1))
+# Of the row kernels: logits (N, V) with contiguous rows that do not overlap, target (N) int64 or int32, temperature (N) of
+# the sums' dtype or `number` for all rows, top_ids (N, K) int64, incoming gradients of the sums' dtype; all but the logits
+# contiguous. `saved` (3, N) is read by the same backend's backward alone: the row's maximum, log(sum e^z) less that
+# maximum, and the entropy (where asked). Their sum lse would round small tails off.
+_ROWS = f"Tensor logits, Tensor target, Tensor? temperature, Tensor? top_ids, {_OPTIONS}"
+_RESULTS = ", ".join(f"Tensor {field}" for field in FIELDS) + ", Tensor saved"
+_INCOMING = ", ".join(f"Tensor? grad_{field}" for field in DIFFERENTIABLE)
 
 
 def _empty_results(input, target, top_ids, asked) -> list[Tensor]:
@@ -120,56 +98,54 @@ def _empty_results(input, target, top_ids, asked) -> list[Tensor]:
     return results
 
 
+def _rows_forward_fake(logits, target, temperature, top_ids, ignore_index, number, softcap, asked):
+    saved = logits.new_empty((3, target.shape[0]), dtype=accumulator(logits.dtype))
+    return *_empty_results(logits, target, top_ids, asked), saved
+
+
+class _Walk:
+    """The logits of a linear layer, a chunk of rows at a time, in one buffer."""
+
+    def __init__(self, input, weight, bias, target, temperature, top_ids):
+        self.input, self.weight, self.bias = input.contiguous(), weight.contiguous(), bias
+        self.of_rows = (target, temperature, top_ids)
+        n, classes, item = input.shape[0], weight.shape[0], input.element_size()
+        step = chunk_rows(n, classes, item, WORKSPACE)
+        self.parts = [slice(i, min(i + step, n)) for i in range(0, n, step)]
+        self.buffer = dense.empty_product(input, min(step, n), classes)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, tuple[Tensor | None, ...]]]:
+        """Of each chunk: which rows it is, their logits, and their targets, temperatures and top_ids."""
+        for part in self.parts:
+            logits = self.buffer[: part.stop - part.start]
+            dense.multiply(logits, self.input[part], self.weight.t(), self.bias)
+            yield part, logits, tuple(None if t is None else t[part] for t in self.of_rows)
+
+
 def _forward(input, weight, bias, target, temperature, top_ids, ignore_index, number, softcap, asked):
-    rows = _Rows(input, weight, bias, target, temperature, ignore_index, number, softcap)
-    op = "log_probs" if weight is None else "linear_log_probs"
-    _check_values(op, target, temperature, top_ids, ignore_index, rows.classes)
-    results = _empty_results(input, target, top_ids, asked)
-    for result in results:
-        result.fill_(0 if result.is_floating_point() else -1)
-    wanted = {field: result for field, result, ask in zip(FIELDS, results, asked, strict=True) if ask}
-    # Of each row: the largest z, log(sum e^z) - max z, and the entropy. Their sum lse would round small tails off.
-    saved = input.new_zeros((3, target.shape[0]), dtype=rows.dtype)
-    for part in rows.parts:
-        z = rows.logits(part)[0]
-        largest, argmax = z.max(1)
-        below = z - largest[:, None]
-        exponential = below.exp().scatter_(1, argmax[:, None], 0.0)
-        others = exponential.sum(1)  # the largest is 1 more
-        tail = others.log1p()
-        found = {}
-        if "log_prob" in wanted:
-            found["log_prob"] = below.gather(1, rows.target[part, None])[:, 0] - tail
-        if "top_log_prob" in wanted:
-            ids = top_ids[part].masked_fill(rows.ignored[part, None], 0)
-            found["top_log_prob"] = below.gather(1, ids) - tail[:, None]
-        if "lse" in wanted:
-            found["lse"] = torch.where(largest.isinf(), largest, largest + tail)
-        if "argmax" in wanted:
-            found["argmax"] = argmax
-        if "mean_logit" in wanted:
-            found["mean_logit"] = z.mean(1)
-        if "log_sum_sq_probs" in wanted:
-            found["log_sum_sq_probs"] = exponential.square().sum(1).log1p() - 2 * tail
-        saved[0, part], saved[1, part] = largest, tail
-        if "entropy" in wanted:
-            found["entropy"] = tail - exponential.mul_(below.clamp_(min=LEAST)).sum(1) / (1 + others)
-            saved[2, part] = found["entropy"]
-        for field, value in found.items():
-            ignored = rows.ignored[part, None] if value.dim() == 2 else rows.ignored[part]
-            wanted[field][part] = value.masked_fill_(ignored, -1 if field == "argmax" else 0)
-    return *results, saved
+    options = (ignore_index, number, softcap)
+    if weight is None:
+        return torch.ops.fastllm.log_probs_rows_forward(input, target, temperature, top_ids, *options, asked)
+    _check_values("linear_log_probs", target, temperature, top_ids, ignore_index, weight.shape[0])
+    walk = _Walk(input, weight, bias, target, temperature, top_ids)
+    rows_forward = torch.ops.fastllm.log_probs_rows_forward
+    found = [rows_forward(logits, *of_rows, *options, asked) for _, logits, of_rows in walk]
+    if not found:
+        return _rows_forward_fake(input, target, temperature, top_ids, *options, asked)
+    if len(found) == 1:
+        return found[0]
+    *results, saved = zip(*found, strict=True)
+    return *(torch.cat(parts) for parts in results), torch.cat(saved, 1)
 
 
-def _forward_fake(input, weight, bias, target, temperature, top_ids, ignore_index, number, softcap, asked):
-    saved = input.new_empty((3, target.shape[0]), dtype=accumulator(input.dtype))
-    return *_empty_results(input, target, top_ids, asked), saved
+def _forward_fake(input, weight, bias, *arguments):
+    return _rows_forward_fake(input, *arguments)
 
 
 def _empty_gradients(input, weight, need_input, need_weight, need_bias) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        input.new_empty(input.shape if need_input else 0),
-        input.new_empty(weight.shape if need_weight else 0),
+        dense.empty(input, *input.shape) if need_input else input.new_empty(0),
+        dense.empty(weight, *weight.shape) if need_weight else input.new_empty(0),
         input.new_empty(weight.shape[0] if need_bias else 0),
     )
 
@@ -178,59 +154,31 @@ def _backward(
     grad_log_prob, grad_entropy, grad_lse, grad_top_log_prob, saved,
     input, weight, bias, target, temperature, top_ids, ignore_index, number, softcap, need_input, need_weight, need_bias,
 ):  # fmt: skip
-    rows = _Rows(input, weight, bias, target, temperature, ignore_index, number, softcap)
+    incoming = (grad_log_prob, grad_entropy, grad_lse, grad_top_log_prob)
+    options = (ignore_index, number, softcap)
     grads = _empty_gradients(input, weight, need_input, need_weight, need_bias)
-    if not rows.parts:
+    grad_input, grad_weight, grad_bias = grads
+    rows_backward = torch.ops.fastllm.log_probs_rows_backward_
+    if weight is None:
+        rows_backward(*incoming, saved, input, target, temperature, top_ids, *options, grad_input)
+        return grads
+    walk = _Walk(input, weight, bias, target, temperature, top_ids)
+    if not walk.parts:
         return tuple(grad.zero_() for grad in grads)
-    # Several chunks in bfloat16 or float16 are added up in float32, and rounded once.
-    sums = [grad if grad.dtype == rows.dtype else grad.new_empty(grad.shape, dtype=rows.dtype) for grad in grads[1:]]
-    for total in sums:
-        total.zero_()
-    for part in rows.parts:
-        z, squashed = rows.logits(part)
-        ignored, y = rows.ignored[part, None], rows.target[part, None]
-        log_p = (z - saved[0, part, None]).sub_(saved[1, part, None])
-        del z
-        p = log_p.exp()
-        log_p_y = log_p.gather(1, y)
-        factor = log_p.new_zeros((len(log_p), 1))  # of p, at the target's place without the part of log_prob
-        if grad_lse is not None:
-            factor = factor + grad_lse[part, None]
-        if grad_top_log_prob is not None:
-            factor = factor - grad_top_log_prob[part].sum(1, keepdim=True)
-        g_y = None if grad_log_prob is None else grad_log_prob[part, None]
-        everywhere = factor if g_y is None else factor - g_y
-        if grad_entropy is None:
-            grad = p.mul_(everywhere)
-        else:
-            g, entropy = grad_entropy[part, None], saved[2, part, None]
-            factor = factor - (log_p_y.clamp(min=LEAST) + entropy) * g
-            grad = p.mul_(log_p.clamp_(min=LEAST).add_(entropy).mul_(-g).add_(everywhere))
-        del log_p, p
-        if g_y is not None:  # 1 - p without cancellation
-            grad.scatter_(1, y, log_p_y.exp() * factor - log_p_y.expm1() * g_y)
-        if grad_top_log_prob is not None:
-            ids = top_ids[part].masked_fill(ignored, 0)
-            row = torch.arange(len(ids), device=ids.device)[:, None]
-            grad.index_put_((row, ids), grad_top_log_prob[part], accumulate=True)  # repeated ids: in a fixed order
-        divisor = rows.divisor(part)
-        if divisor is not None:
-            grad.div_(divisor)
-        if squashed is not None:
-            grad.mul_(squashed.square_().neg_().add_(1))
-        grad.masked_fill_(ignored, 0)
-        if weight is None:
-            grads[0][part] = grad
-            continue
-        if need_bias:
-            sums[1] += grad.sum(0)
-        if need_input or need_weight:
-            grad = grad.to(input.dtype)
+    weight_sum = dense.Sum(grad_weight, of_several=len(walk.parts) > 1)
+    bias_sum = torch.zeros_like(grad_bias, dtype=accumulator(input.dtype))
+    for part, logits, of_rows in walk:
+        of_part = (None if g is None else g[part] for g in incoming)
+        rows_backward(*of_part, saved[:, part].contiguous(), logits, *of_rows, *options, logits)
         if need_input:
-            torch.mm(grad, weight, out=grads[0][part])
+            dense.multiply(grad_input[part], logits, walk.weight)
         if need_weight:
-            sums[0] += grad.t() @ input[part].masked_fill(ignored, 0)  # an ignored row may hold NaN
-    return grads[0], sums[0].to(input.dtype), sums[1].to(input.dtype)
+            # Rows of ignored targets have gradients of 0, and 0 times NaN is NaN.
+            ignored = target[part] == ignore_index
+            weight_sum.add(logits.t(), walk.input[part].masked_fill(ignored[:, None], 0))
+        if need_bias:
+            bias_sum += logits.sum(0, dtype=bias_sum.dtype)
+    return grad_input, weight_sum.rounded() if need_weight else grad_weight, grad_bias.copy_(bias_sum)
 
 
 def _backward_fake(*arguments):
@@ -247,22 +195,33 @@ def _backward_flops(*arguments, **_) -> int:
     return 0 if weight is None else (1 + need_input + need_weight) * flops.layer_flops(input, weight)
 
 
-FORWARD = Kernel(
-    "log_probs_forward",
-    f"({_ARGUMENTS}, {_OPTIONS}, bool[] asked) -> ({_RESULTS})",
-    _forward_fake,
-    _forward_flops,
+OPERATION = Operation(
+    "log_probs",
+    None,
+    None,
+    (
+        Kernel("log_probs_rows_forward", f"({_ROWS}, bool[] asked) -> ({_RESULTS})", _rows_forward_fake),
+        Kernel(
+            "log_probs_rows_backward_",
+            f"({_INCOMING}, Tensor saved, {_ROWS}, Tensor(a!) grad) -> ()",  # `grad` may be the logits' own memory
+        ),
+        Kernel(
+            "log_probs_forward",
+            f"({_ARGUMENTS}, {_OPTIONS}, bool[] asked) -> ({_RESULTS})",
+            _forward_fake,
+            _forward_flops,
+            _forward,
+        ),
+        Kernel(
+            "log_probs_backward",
+            f"({_INCOMING}, Tensor saved, {_ARGUMENTS}, {_OPTIONS}, bool need_input, bool need_weight, bool need_bias) "
+            "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+            _backward_fake,
+            _backward_flops,
+            _backward,
+        ),
+    ),
 )
-BACKWARD = Kernel(
-    "log_probs_backward",
-    "(Tensor? grad_log_prob, Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_top_log_prob, Tensor saved, "
-    f"{_ARGUMENTS}, {_OPTIONS}, bool need_input, bool need_weight, bool need_bias) "
-    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
-    _backward_fake,
-    _backward_flops,
-)
-declare_for_any_device(FORWARD, _forward)
-declare_for_any_device(BACKWARD, _backward, "log_probs and linear_log_probs: second derivatives are not implemented")
 
 
 class LogProbsNode(torch.autograd.Function):
@@ -274,7 +233,7 @@ class LogProbsNode(torch.autograd.Function):
             input, weight, bias, target, temperature, top_ids, *options, asked
         )
         ctx.save_for_backward(saved, input, weight, bias, target, temperature, top_ids)
-        ctx.options = options
+        ctx.options, ctx.backend = options, chosen_backend()
         wanted = [(field, result) for field, result, ask in zip(FIELDS, results, asked, strict=True) if ask]
         ctx.fields = [field for field, _ in wanted]
         ctx.mark_non_differentiable(*(result for field, result in wanted if field not in DIFFERENTIABLE))
@@ -286,12 +245,50 @@ class LogProbsNode(torch.autograd.Function):
         given = dict(zip(ctx.fields, grad_outputs, strict=True))
         incoming = [given.get(field) for field in DIFFERENTIABLE]
         needs = ctx.needs_input_grad[:3]
-        grads = torch.ops.fastllm.log_probs_backward(*incoming, *ctx.saved_tensors, *ctx.options, *needs)
-        found = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        if torch.is_grad_enabled():
+            found = _differentiable_gradients(ctx, incoming, needs)
+        else:
+            arguments = (*(None if g is None else g.contiguous() for g in incoming), *ctx.saved_tensors, *ctx.options)
+            if ctx.backend is None:
+                grads = torch.ops.fastllm.log_probs_backward(*arguments, *needs)
+            else:
+                with same_backend(ctx.backend):
+                    grads = torch.ops.fastllm.log_probs_backward(*arguments, *needs)
+            found = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return *found, None, None, None, None, None
 
 
+def _differentiable_gradients(ctx, incoming: list[Tensor | None], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """By the definition, in PyTorch's differentiable operations."""
+    _, input, weight, bias, target, temperature, top_ids = ctx.saved_tensors
+    ignore_index, number, softcap = ctx.options
+    names = [field for field, g in zip(DIFFERENTIABLE, incoming, strict=True) if g is not None]
+
+    def definition(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+        found = _definition(
+            input,
+            weight,
+            bias,
+            target,
+            ignore_index,
+            number if temperature is None else temperature,
+            softcap,
+            names,
+            top_ids,
+        )
+        return tuple(found[name] for name in names)
+
+    return differentiate(definition, (input, weight, bias), needs, tuple(g for g in incoming if g is not None))
+
+
+def _definition(input, weight, bias, target, *arguments) -> dict[str, Tensor]:
+    if weight is None:
+        return eager.log_probs(input, target, *arguments)
+    return eager.linear_log_probs(input, weight, target, bias, *arguments)
+
+
 def apply(
+    kernels: bool,
     op: str,
     input: Tensor,
     weight: Tensor | None,
@@ -305,23 +302,32 @@ def apply(
 ) -> LogProbs:
     """Check the tensors, bring them to rows, and apply the node. ``input`` holds logits where ``weight`` is None."""
     _check_target(op, input, target)
-    if isinstance(temperature, Tensor):
+    per_token = isinstance(temperature, Tensor)
+    if per_token:
         _check_temperature(op, temperature, target)
     if top_ids is not None:
         _check_top_ids(op, top_ids, target)
     asked = _asked(op, outputs, top_ids)
-    per_token = isinstance(temperature, Tensor)
+    names = [field for field, ask in zip(FIELDS, asked, strict=True) if ask]
+    target = checked_indices(op, target)
+    if not kernels:
+        temperature = temperature.detach() if per_token else temperature
+        if not torch.compiler.is_compiling() and is_concrete(target):
+            classes = input.shape[-1] if weight is None else weight.shape[0]
+            of_rows = (temperature.reshape(-1) if per_token else None, None if top_ids is None else as_rows(top_ids))
+            _check_values(op, target.reshape(-1), *of_rows, ignore_index, classes)
+        return LogProbs(**_definition(input, weight, bias, target, ignore_index, temperature, softcap, names, top_ids))
+    x = as_rows(input)
     found = LogProbsNode.apply(
-        as_rows(input),
+        x if weight is not None or has_contiguous_rows(x) else x.contiguous(),
         weight,
         bias,
-        checked_indices(op, target).reshape(-1),
-        temperature.detach().reshape(-1) if per_token else None,
-        None if top_ids is None else as_rows(top_ids),
+        target.reshape(-1),
+        temperature.detach().to(accumulator(input.dtype)).reshape(-1) if per_token else None,
+        None if top_ids is None else as_rows(top_ids).contiguous(),
         (ignore_index, 1.0 if per_token else temperature, softcap),
         asked,
     )
-    names = [field for field, ask in zip(FIELDS, asked, strict=True) if ask]
     shapes = [top_ids.shape if name == "top_log_prob" else target.shape for name in names]
     return LogProbs(**{name: r.reshape(shape) for name, r, shape in zip(names, found, shapes, strict=True)})
 
