@@ -1,6 +1,6 @@
 """fastllm.accelerate on Hugging Face models: random tiny configurations, nothing is downloaded.
 
-Not part of the quick suite: the families are many and transformers takes seconds to import.
+What compiles, and what starts processes, takes minutes and is marked ``slow``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import fastllm
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
 
-pytestmark = pytest.mark.slow
 VOCABULARY = 100
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {
@@ -587,6 +586,7 @@ def test_float16_sum_over_tokens_stays_finite():
 # --- other tools
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "t5", "bart", "bert", "granite"])
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_compile(family, fullgraph):
@@ -942,6 +942,7 @@ def two_processes(tmp_path_factory) -> list[str]:
     return [out + "\n" + error[-3000:] for out, error in outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, family", PROCESSES)
 def test_two_processes(kind, family, two_processes):
     for output in two_processes:
