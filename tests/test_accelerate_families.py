@@ -951,11 +951,11 @@ def test_two_processes(kind, family, two_processes):
 
 def test_documented_report():
     text = (Path(__file__).parent.parent / "docs" / "accelerate.md").read_text()
-    code = text.split("```python\nconfig = ")[1].split("```")[0]
+    code = text.split("```python\nimport transformers\n")[1].split("```")[0]
     expected = text.split("<!-- report: begin -->\n```\n")[1].split("\n```\n<!-- report: end -->")[0]
     printed = []
     exec(
-        "config = " + code,
+        code,
         {"transformers": transformers, "fastllm": fastllm, "print": lambda x: printed.append(str(x))},
     )
     assert printed == [expected]
