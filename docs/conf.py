@@ -7,6 +7,8 @@ same on the site as in the repository.
 import sys
 from pathlib import Path
 
+from docutils import nodes
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -17,8 +19,9 @@ author = "the fastllm contributors"
 release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "CHANGELOG.md", "CONTRIBUTING.md", "README.md", "benchmarks/results/*/*.md"]
+include_patterns = ["docs/**.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/results/*/*.md"]
 exclude_patterns = [".*", "build", "dist", "csrc", "fastllm", "tests"]
+html_math_renderer = "mathml"
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3  # links to headings, as on the repository's pages
@@ -38,8 +41,6 @@ SHARED = {"torch.Tensor": "tensors", "torch.dtype": "tensor_attributes", "torch.
 
 def link_to_pytorch(app, env, node, content):
     """A name of PyTorch leads to PyTorch's documentation. Its inventory would need a network to be read."""
-    from docutils import nodes
-
     name = node.get("reftarget", "")
     if node.get("refdomain") != "py" or not name.startswith("torch."):
         return None
@@ -53,6 +54,20 @@ def add_a_title(app, docname, source):
         source[0] = f"# Results: {docname.split('/')[2]}\n\n{source[0]}"
 
 
+def formula(as_block: bool):
+    """Formulas as MathML, which browsers show by themselves: MathJax would be fetched when a page is read."""
+
+    def visit(translator, node):
+        from docutils.utils.math.latex2mathml import tex2mathml
+
+        text = tex2mathml(node.astext(), as_block=as_block)
+        translator.body.append(f"<p>{text}</p>" if as_block else text)
+        raise nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", inline_renderers=formula(False), block_renderers=formula(True))
     app.connect("source-read", add_a_title)
     app.connect("missing-reference", link_to_pytorch)

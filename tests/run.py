@@ -8,6 +8,7 @@ the kernels' tests on it: a read or write outside a tensor ends the run. Further
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -173,10 +174,8 @@ class Running:
         self.failed += bool(self.ending)
 
     def kill(self) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def line(self) -> str:
         counts = f"{self.passed} passed, {self.failed} failed, {self.skipped.total()} skipped"

@@ -289,7 +289,7 @@ def test_strict():
     model = opt()
     before = snapshot(model)
     with pytest.raises(
-        RuntimeError, match="embed_positions .*OPTLearnedPositionalEmbedding.*: a subclass of Embedding"
+        RuntimeError, match=r"embed_positions .*OPTLearnedPositionalEmbedding.*: a subclass of Embedding"
     ):
         fastllm.accelerate(model, strict=True)
     assert_same(before, snapshot(model))
@@ -943,7 +943,7 @@ def two_processes(tmp_path_factory) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, family", PROCESSES)
+@pytest.mark.parametrize(("kind", "family"), PROCESSES)
 def test_two_processes(kind, family, two_processes):
     for output in two_processes:
         assert f"{kind}|{family}|agree" in output, output
