@@ -56,7 +56,7 @@ docs: .venv/installed
 gpu-check:
 	$(PYTHON) tests/gpu_check.py $(if $(OUT),--out $(OUT))
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt docs/requirements.txt
 	@echo "=== set-up: a virtual environment in .venv"
 	$(PYTHON) -m venv .venv
 	@echo "=== set-up: packages of requirements.txt"
