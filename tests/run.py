@@ -65,7 +65,7 @@ def jobs(everything: bool, capabilities: list[str]) -> list[Job]:
     kernels = "(numbers or contract)" if everything else f"({RESULTS})"
     found = [
         Job("CPU: results", f"({RESULTS}){quick}", TWO_THREADS, 60),
-        Job("CPU: all else", f"not ({RESULTS}){quick}", ONE_THREAD, 120, parts=3),
+        Job("CPU: all else", f"not ({RESULTS}){quick}", ONE_THREAD, 160, parts=3),
         Job("CUDA kernels, emulated", f"{kernels}{quick}", EMULATED, 130, parts=3),
     ]
     # The nodes that serve without the extension: on the CPU's kernels, and as on a machine without a compiler.
