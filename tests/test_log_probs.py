@@ -293,7 +293,7 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(
         F.log_probs(logits, torch.tensor([0, 1, 2])).log_prob.sum(), logits, create_graph=True
     )
-    with pytest.raises(RuntimeError, match=r"log_probs.*second derivatives are not implemented"):
+    with pytest.raises(RuntimeError, match="log_probs.*second derivatives are not implemented"):
         grad.square().sum().backward()
 
 
@@ -447,9 +447,9 @@ def test_backends():
     assert torch.equal(got, F.log_probs(X, Y).log_prob)
     if fastllm.backends.TABLE["cpu"].missing is None:
         with fastllm.use_backend("cpu"):
-            with pytest.raises(RuntimeError, match=r"linear_log_probs: backend 'cpu' cannot serve.*'eager' alone"):
+            with pytest.raises(RuntimeError, match="linear_log_probs: backend 'cpu' cannot serve.*'eager' alone"):
                 F.linear_log_probs(X, W, Y)
-            with pytest.raises(RuntimeError, match=r"log_probs: backend 'cpu' cannot serve.*'eager' alone"):
+            with pytest.raises(RuntimeError, match="log_probs: backend 'cpu' cannot serve.*'eager' alone"):
                 F.log_probs(X, Y)
 
 
