@@ -209,7 +209,7 @@ def _triton_refusal(op: str, dtype: torch.dtype, device: torch.device) -> str | 
 
 
 # What torch.compiler.assume_constant_result sets; calling that imports the compiler, which takes seconds.
-_triton_refusal._dynamo_marked_constant = True
+_triton_refusal.__dict__["_dynamo_marked_constant"] = True
 
 
 def _accelerator_serves(op: str, tensor: torch.Tensor) -> bool:

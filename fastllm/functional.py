@@ -15,6 +15,7 @@ import numbers
 import operator
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ __all__ = [
 _REDUCTIONS = {name: number for number, name in enumerate(REDUCTIONS)}
 _REDUCTION_NAMES = REDUCTIONS  # `in` compares: a reduction that has no hash is another value, not an error
 _ALL_IGNORED = ("nan", "zero")
-_ACCEPTED = {  # by PyTorch, for an argument of that type
+_ACCEPTED: dict[type, tuple[type, ...]] = {  # by PyTorch, for an argument of that type
     bool: (bool, torch.SymBool),
     float: (numbers.Real, torch.SymInt, torch.SymFloat, Tensor),
 }
@@ -64,7 +65,7 @@ def _check_type(op: str, name: str, value: object, kind: type) -> None:
         raise TypeError(f"{op}: {name} must be {kind.__name__}, got {value!r} of type {type(value).__name__}")
 
 
-def _integer(op: str, name: str, value: object) -> int:
+def _integer(op: str, name: str, value: Any) -> Any:
     """An integer as PyTorch accepts one, or an object with ``__index__``, such as NumPy's integers and 0-dim arrays."""
     if isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and torch.compiler.is_compiling()):
         return value  # the compiled operation takes it: its value would end the trace
@@ -87,7 +88,7 @@ def _check_overwritable(input: Tensor) -> None:
     if input.is_leaf:
         wrong = "a leaf that requires a gradient"
     elif not torch.compiler.is_compiling() and input._is_view():
-        if input._base.is_leaf:
+        if input._base is not None and input._base.is_leaf:
             wrong = "a view of a leaf that requires a gradient"
         elif torch._C._autograd._get_creation_meta(input) != torch._C._autograd.CreationMeta.DEFAULT:
             wrong = "one of several views made at once, or one made without gradients"
@@ -144,6 +145,7 @@ def _divided(
         total = loss("sum")
         dtype, total = total.dtype, total.to(accumulator(total.dtype))
     if num_items is None:
+        assert weight is not None  # without, the mean was taken above
         counted = target != ignore_index
         classes = torch.where(counted, target, 0).long()
         num_items = torch.where(counted, weight.detach()[classes].to(total.dtype), 0.0).sum()

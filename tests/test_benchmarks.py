@@ -312,5 +312,5 @@ def test_opt_with_fastllm_computes_the_same():
         norms[name] = [value.item(), *sorted(p.grad.norm().item() for p in model.parameters())]
     assert norms["fastllm"] == pytest.approx(norms["eager"], rel=1e-4, abs=1e-6)
     model, _ = losses["fastllm"]
-    assert type(model.model.decoder.layers[0].fc1).__name__ == "ReLUMLP"
+    assert type(model.model.decoder.embed_tokens).__module__.startswith("fastllm")
     assert model.model.decoder.embed_tokens.weight is model.lm_head.weight

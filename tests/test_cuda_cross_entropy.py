@@ -17,7 +17,7 @@ import fastllm.functional as F
 if os.environ.get("FASTLLM_CUDA_HOST") != "1":
     pytest.skip("needs the host build: FASTLLM_CUDA_HOST=1", allow_module_level=True)
 
-import cuda_host  # noqa: E402
+import cuda_host
 
 pytestmark = pytest.mark.numbers
 
@@ -194,7 +194,7 @@ def test_ignored_rows_are_not_read(strategy, dtype):
 
 
 @pytest.mark.parametrize(
-    "kind, smoothing, z, cap, weighted",
+    ("kind", "smoothing", "z", "cap", "weighted"),
     [
         ("int64", 0.1, 0.0, None, False),
         ("int32", 0.0, 1e-2, None, True),

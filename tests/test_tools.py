@@ -75,7 +75,7 @@ def test_flops_are_those_of_the_definition(op, mode):
         assert any(str(key) == f"fastllm.{op}" or f"fastllm.{op}_" in str(key) for key in counter.flop_counts["Global"])
 
 
-@pytest.mark.parametrize("dtype, reduction", [(torch.float32, "none"), (torch.float16, "mean")])
+@pytest.mark.parametrize(("dtype", "reduction"), [(torch.float32, "none"), (torch.float16, "mean")])
 def test_logits_computed_again_are_counted_again(dtype, reduction):
     def loss(x, w):
         return F.linear_cross_entropy(x, w, ids, reduction=reduction)

@@ -17,10 +17,10 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
 
-import triton as language  # noqa: E402
-import triton.language as tl  # noqa: E402
+import triton as language
+import triton.language as tl
 
-from fastllm.triton.cross_entropy import _row_start  # noqa: E402
+from fastllm.triton.cross_entropy import _row_start
 
 pytestmark = pytest.mark.numbers
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.numbers
 @language.jit
 def _starts(out, stride, base, classes, VEC: tl.constexpr):
     row = tl.program_id(0)
-    start, head, groups = _row_start(row, stride, base, classes, VEC)
+    _start, head, groups = _row_start(row, stride, base, classes, VEC)
     tl.store(out + row * 2, head)
     tl.store(out + row * 2 + 1, groups)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -165,7 +166,7 @@ def _autocast_rule(operation: Operation) -> tuple[str, bool, list[bool], int]:
     return operation.name, rule.lower_precision, [name not in rule.keep for name in names], flag
 
 
-def autocast_to(value: object, dtype: torch.dtype, device_type: str) -> object:
+def autocast_to(value: Any, dtype: torch.dtype, device_type: str) -> Any:
     """A tensor as autocast hands it to an operation: float64, other devices' and whatever else stays as it is."""
     eligible = (
         isinstance(value, torch.Tensor)
