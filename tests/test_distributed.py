@@ -126,7 +126,7 @@ def targets(kind, seed=0):
 
 
 def normal(*shape, seed=0, scale=1.0):
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def loss_case(rank, size, cut, dtype, kind, with_bias, with_weight, options, linear):
@@ -249,18 +249,12 @@ def shapes_case(rank, size, cut):
                 )
                 digests.append(three_ways(ours, plain, leaves, [cut_dim] * len(leaves), torch.float64))
     x, w, y = normal(2, 4, DIM, seed=1), normal(V, DIM, seed=2), targets("some ignored")[:8].view(2, 4)
-    for given in ((x, y), (x[0], y[0])):
+    for a, b in ((x, y), (x[0], y[0])):
         for reduction in ("mean", "none"):
-            ours = lambda a, b: D.linear_cross_entropy(  # noqa: E731
-                a,
-                b,
-                given[1],
-                vocab_start=start,
-                shift=True,
-                reduction=reduction,  # noqa: B023
-            )
-            plain = lambda a, b: F.linear_cross_entropy(a, b, given[1], shift=True, reduction=reduction)  # noqa: B023, E731
-            digests.append(three_ways(ours, plain, [given[0], w], [None, part], torch.float64))
+            options = {"shift": True, "reduction": reduction}
+            ours = lambda x, w: D.linear_cross_entropy(x, w, b, vocab_start=start, **options)  # noqa: B023, E731
+            plain = lambda x, w: F.linear_cross_entropy(x, w, b, **options)  # noqa: B023, E731
+            digests.append(three_ways(ours, plain, [a, w], [None, part], torch.float64))
     w, b, y = normal(V, 3, DIM, seed=2), normal(V, 3, seed=3), torch.arange(12).view(4, 3)
     ours = lambda a, c, d: D.linear_cross_entropy(a, c, y, linear_bias=d, vocab_start=start)  # noqa: E731
     plain = lambda a, c, d: F.linear_cross_entropy(a, c, y, linear_bias=d)  # noqa: E731
@@ -321,7 +315,7 @@ def test_special_numbers(four, linear):
 def log_probs_case(rank, size, cut, dtype, options, with_top, chunked):
     start, stop = bounds(rank, size, cut)
     part = slice(start, stop)
-    y = targets("some ignored").view(N, 1)
+    y = targets("each" if "ignore_index" in options else "some ignored").view(N, 1)
     top = torch.randint(0, V, (N, 1, 4), generator=torch.Generator().manual_seed(3)) if with_top else None
     options = {"outputs": tuple(n for n in F.LogProbs._fields if n != "top_log_prob"), **options}
     if options.get("temperature") == "each":
@@ -572,7 +566,7 @@ def errors_case(rank, size):
         D.embedding(y, table, vocab_start=start, group=3)
     with pytest.raises(AssertionError, match=r"padding_idx must be in \[-13, 13\), got 13"):
         D.embedding(y, table, 13, vocab_start=start)
-    single = dist.new_group([0])
+    single, w13 = dist.new_group([0]), torch.ones(V)
     if rank == 1:
         with pytest.raises(RuntimeError, match="group must hold this process, rank 1"):
             D.embedding(y, table, vocab_start=0, group=single)
@@ -580,7 +574,7 @@ def errors_case(rank, size):
         (lambda: D.linear_cross_entropy(x, table, y[:5], vocab_start=start), ValueError, "target must be of shape"),
         (lambda: D.linear_cross_entropy(x[:, :3], table, y, vocab_start=start), RuntimeError, "input must be of shape"),
         (lambda: D.linear_cross_entropy(x, table, y, linear_bias=x[0], vocab_start=start), RuntimeError, "linear_bias must be"),
-        (lambda: D.linear_cross_entropy(x, table, y, weight=torch.ones(V), vocab_start=start), RuntimeError, "weight must be of shape"),
+        (lambda: D.linear_cross_entropy(x, table, y, weight=w13, vocab_start=start), RuntimeError, "weight must be of shape"),
         (lambda: D.cross_entropy(x, y[:5], vocab_start=start), ValueError, "target must be of shape"),
         (lambda: D.cross_entropy(x, y, reduction="max", vocab_start=start), ValueError, "reduction must be one of"),
         (lambda: D.linear_log_probs(x, table, y, outputs=("loss",), vocab_start=start), ValueError, "outputs must be among"),
@@ -665,3 +659,166 @@ def groups_case(rank, size):
 
 def test_groups(four):
     four.run(groups_case)
+
+
+def placed_case(rank, size, dims):
+    """The plain functions on DTensors, over one and two mesh dimensions."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", dims, mesh_dim_names=("data", "vocab")[-len(dims) :])
+    two = len(dims) == 2
+    x, w, b, y = normal(8, DIM), normal(V, DIM, seed=2), normal(V, seed=3), targets("each")[:8]
+    table = [Replicate(), Shard(0)] if two else [Shard(0)]
+    batches = [[Replicate(), Replicate()], [Shard(0), Replicate()]] if two else [[Replicate()]]
+    weight = torch.rand(V, dtype=torch.float64)
+    torch.manual_seed(0)
+
+    def leaves(placements):
+        if placements is None:
+            return [t.clone().requires_grad_() for t in (x, w, b)]
+        return [
+            x.clone().requires_grad_() if placements == "plain" else place(x, placements),
+            place(w, table),
+            place(b, table),
+        ]
+
+    def place(tensor, placements):
+        return distribute_tensor(tensor.clone(), mesh, placements).requires_grad_(tensor.is_floating_point())
+
+    def whole(tensor):
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def compare(function):
+        """``function(x, w, b, y)`` with every placement of the batch against plain tensors."""
+        plain = leaves(None)
+        expected = function(*plain, y)
+        incoming = normal(*expected.shape, seed=4)
+        gradients = torch.autograd.grad(expected, plain, incoming, allow_unused=True)
+        for placements in ["plain", *batches]:
+            mine = leaves(placements)
+            value = function(*mine, y if placements == "plain" else place(y, placements))
+            assert isinstance(value, DTensor) == (placements != "plain")
+            torch.testing.assert_close(whole(value), expected)
+            found = torch.autograd.grad(whole(value), mine, incoming, allow_unused=True)
+            for leaf, g, e in zip(mine, found, gradients, strict=True):
+                assert (g is None) == (e is None)
+                if g is not None:
+                    torch.testing.assert_close(whole(g), e)
+                    assert not isinstance(leaf, DTensor) or g.shape == leaf.shape
+
+    compare(lambda x, w, b, y: F.embedding(y, w, padding_idx=-1))
+    for options in ({"reduction": "none"}, {"num_items": 5.0, "label_smoothing": 0.1}, {"reduction": "sum"}):
+        compare(lambda x, w, b, y: F.linear_cross_entropy(x, w, y, linear_bias=b, weight=weight, **options))  # noqa: B023
+    for field in ("log_prob", "entropy"):
+        compare(lambda x, w, b, y: getattr(F.linear_log_probs(x, w, y, linear_bias=b, outputs=(field,)), field))  # noqa: B023
+    # Everything replicated: every process has all of it.
+    same = [Replicate()] * len(dims)
+    table, batches = same, [same]
+    compare(lambda x, w, b, y: F.linear_cross_entropy(x, w, y, linear_bias=b))
+    compare(lambda x, w, b, y: F.embedding(y, w))
+    # Logits.
+    logits, placements = normal(8, V), [Shard(0), Shard(1)] if two else [Shard(-1)]
+    batch = [Shard(0), Replicate()] if two else [Replicate()]
+    plain, mine = logits.clone().requires_grad_(), place(logits, placements)
+    expected = F.cross_entropy(plain, y, weight, reduction="none")
+    value = F.cross_entropy(mine, place(y, batch), weight, reduction="none")
+    torch.testing.assert_close(whole(value), expected)
+    incoming = normal(8, seed=4)
+    (g,), (e,) = torch.autograd.grad(whole(value), mine, incoming), torch.autograd.grad(expected, plain, incoming)
+    torch.testing.assert_close(whole(g), e)
+
+
+def test_placed_tensors(two):
+    two.run(placed_case, (2,))
+
+
+def test_placed_tensors_of_two_dimensions(four):
+    four.run(placed_case, (2, 2))
+
+
+def refused_case(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    place = lambda t, *p: distribute_tensor(t, mesh, p)  # noqa: E731
+    x, w, y = normal(8, 6), normal(V, 6), targets("each")[:8]
+    partial = DTensor.from_local(w, mesh, [Partial()])
+    cut = place(w, Shard(0))
+    for wrong, message in (
+        (lambda: F.embedding(y, place(w, Shard(1))), r"embedding: weight must be Shard\(0\) over one .* got S"),
+        (lambda: F.embedding(y, partial), r"embedding: weight must be Shard\(0\) .* got P"),
+        (lambda: F.linear_cross_entropy(x, place(w, Shard(1)), y), r"linear_weight must be Shard\(0\)"),
+        (lambda: F.linear_log_probs(x, place(w, Shard(1)), y), r"linear_weight must be Shard\(0\)"),
+        (lambda: F.cross_entropy(place(x, Shard(0)), y), "target must be a DTensor, as input, whose batch is sharded"),
+        (lambda: F.linear_cross_entropy(place(x, Shard(0)), cut, y), "input must be Replicate over the mesh's dimension 0, got"),
+        (lambda: F.linear_cross_entropy(place(x, Shard(1)), cut, y), "input must be Replicate over"),
+        (lambda: F.linear_cross_entropy(x, cut, place(y, Shard(0))), "target must be placed"),
+        (lambda: F.linear_cross_entropy(x, cut, y, linear_bias=normal(V).requires_grad_()), "linear_bias must be a DTensor"),
+        (lambda: F.linear_cross_entropy(x, cut, y, linear_bias=place(normal(V), Replicate())), "linear_bias must be sharded over"),
+        (
+            lambda: F.linear_cross_entropy(place(x, Shard(0)), place(w, Replicate()), place(y, Shard(0))),
+            "num_items must tell the divisor of the mean",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+def test_other_placements_are_refused(two):
+    two.run(refused_case)
+
+
+def plan_case(rank, size, name):
+    """A model by its plan: losses, gradients and logits of the whole; a tied table stays one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    import fastllm
+    from fastllm import models
+
+    def make():
+        torch.manual_seed(1)
+        if name == "mlp":
+            return models.MLPLanguageModel(V, 6, 8, context_length=2).double()
+        if name == "layers":
+            model = torch.nn.ModuleDict(
+                {"table": fastllm.Embedding(V, 6), "loss": fastllm.LinearCrossEntropyLoss(6, V)}
+            )
+            model["loss"].linear.weight = model["table"].weight
+            return model.double()
+        return models.TransformerLanguageModel(V, 8, 2, 2, context_length=8, tie_weights=name == "tied").double()
+
+    def loss(model):
+        ids = targets("each")[:8].view(2, 4)
+        if name == "layers":
+            return model["loss"](model["table"](ids.flatten()), ids.flatten().roll(-1))
+        return model.loss(ids, ids.roll(-1))
+
+    whole, cut = make(), make()
+    mesh = init_device_mesh("cpu", (size,))
+    parallelize_module(cut, mesh, fastllm.distributed.plan(cut))
+    assert [n for n, _ in cut.named_parameters()] == [n for n, _ in whole.named_parameters()]
+    for model in (whole, cut):
+        loss(model).backward()
+    torch.testing.assert_close(loss(cut), loss(whole))
+    for (n, a), (_, b) in zip(cut.named_parameters(), whole.named_parameters(), strict=True):
+        assert hasattr(a, "full_tensor") == n.startswith(("embedding", "table", "loss", "output")), n
+        torch.testing.assert_close(a.grad.full_tensor() if hasattr(a, "full_tensor") else a.grad, b.grad)
+    if name != "layers":
+        ids = targets("each")[:4]
+        torch.testing.assert_close(cut(ids), whole(ids))
+        assert torch.equal(cut.generate(ids, 5, temperature=0.0), whole.generate(ids, 5, temperature=0.0))
+
+
+@pytest.mark.parametrize("name", ["mlp", "tied", "untied", "layers"])
+def test_plan(group, name):
+    group.run(plan_case, name)
+
+
+def test_a_model_without_a_vocabulary_has_no_plan():
+    with pytest.raises(
+        ValueError, match="plan: model must hold an Embedding or an output layer of fastllm, got Linear"
+    ):
+        D.plan(torch.nn.Linear(2, 2))

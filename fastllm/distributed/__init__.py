@@ -9,8 +9,9 @@ over processes. ``torch.compile`` calls these functions outside of its graphs.
 ``DTensor``s, with which the plain functions call these.
 """
 
+from fastllm.distributed.dtensor import VocabParallel, plan
 from fastllm.distributed.embedding import embedding
 from fastllm.distributed.log_probs import linear_log_probs
 from fastllm.distributed.losses import cross_entropy, linear_cross_entropy
 
-__all__ = ["cross_entropy", "embedding", "linear_cross_entropy", "linear_log_probs"]
+__all__ = ["VocabParallel", "cross_entropy", "embedding", "linear_cross_entropy", "linear_log_probs", "plan"]

@@ -247,6 +247,7 @@ def _combined(found: dict[str, Tensor], top: Tensor | None) -> Statistics:
         argmax = torch.where(holds | parts.isnan(), ids, torch.iinfo(torch.int64).max).amin(0)
     first = holds & (holds.cumsum(0) == 1)
     beside = torch.where(first, others, (1 + others) * scale).sum(0)
+    beside = beside.masked_fill(largest.isinf(), torch.nan)  # such a row has no softmax
     tail = beside.log1p()
     statistics = Statistics(largest, tail, found["target"].sum(0), *[None] * 7, top)
     if "of_target" in found:
