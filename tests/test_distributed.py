@@ -1,6 +1,8 @@
 """A vocabulary cut over processes gives what one process gives: values, gradients, errors; and the same bits everywhere."""
 
 import hashlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -815,6 +817,17 @@ def plan_case(rank, size, name):
 @pytest.mark.parametrize("name", ["mlp", "tied", "untied", "layers"])
 def test_plan(group, name):
     group.run(plan_case, name)
+
+
+def page_case(rank, size):
+    page = Path(__file__).resolve().parent.parent / "docs" / "several-processes.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    exec("".join(blocks), {})
+
+
+def test_the_code_of_the_page_runs(two):
+    two.run(page_case)
 
 
 def test_a_model_without_a_vocabulary_has_no_plan():

@@ -249,7 +249,8 @@ def _optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
         groups += [{"params": matrices, "weight_decay": options.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     # The fused step needs no temporary tensors of the parameters' size.
     if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum, fused=True)
+        fused = not any(parallel.is_cut(p) for p in model.parameters())  # DTensor has no fused step of SGD
+        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 
 
