@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import DTYPES, EPSILON, _error, drawn
+from helpers import DTYPES, EPSILON, Waits, _error, drawn
 from processes import Processes
 
 import fastllm.distributed as D
@@ -817,6 +817,42 @@ def plan_case(rank, size, name):
 @pytest.mark.parametrize("name", ["mlp", "tied", "untied", "layers"])
 def test_plan(group, name):
     group.run(plan_case, name)
+
+
+def waiting_case(rank, size):
+    """Told that the host may read no numbers, none are read; an assertion of the device finds a wrong id."""
+    from fastllm.distributed import shard
+
+    start, stop = ((0, 6), (6, 13))[rank]
+    x, w, b = normal(N, DIM), normal(V, DIM)[start:stop].clone(), normal(V)[start:stop].clone()
+    logits, y, top = normal(N, V)[:, start:stop].clone(), targets("some ignored"), torch.zeros(N, 3, dtype=torch.int64)
+    leaves = [t.requires_grad_() for t in (x, w, b, logits)]
+    q, temperature = normal(N, V).softmax(1)[:, start:stop].clone(), torch.ones(N)
+    smooth = {"label_smoothing": 0.1, "softcap": 2.0, "lse_square_scale": 0.1, "weight": b.detach().abs()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard, "may_look", lambda device: False)
+        with Waits():
+            for options in (
+                {},
+                smooth,
+                {"num_items": 5, "all_ignored": "zero"},
+                {"num_items": torch.tensor(5.0)},
+                {"reduction": "none"},
+            ):
+                D.linear_cross_entropy(x, w, y, linear_bias=b, vocab_start=start, **options).sum().backward()
+                D.cross_entropy(logits, y, vocab_start=start, **options).sum().backward()
+            D.cross_entropy(logits, q, vocab_start=start, label_smoothing=0.1).backward()
+            given = {"outputs": F.LogProbs._fields, "top_ids": top, "temperature": temperature, "softcap": 3.0}
+            found = D.linear_log_probs(x, w, y, linear_bias=b, vocab_start=start, **given)
+            sum(value.sum() for value in found if value.requires_grad).backward()
+            D.embedding(y.clamp(min=0), w, -1, vocab_start=start).sum().backward()
+        assert all(leaf.grad.isfinite().all() for leaf in leaves)
+        with pytest.raises(RuntimeError, match="target holds an id outside the vocabulary"):
+            D.linear_cross_entropy(x, w, y + V, vocab_start=start)
+
+
+def test_nothing_waits_for_a_gpu(two):
+    two.run(waiting_case)
 
 
 def page_case(rank, size):

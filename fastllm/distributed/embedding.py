@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastllm import functional as F
 from fastllm.backends import native
+from fastllm.distributed import shard as shard_module
 from fastllm.distributed.shard import Shard, refuse_second_derivative
 from fastllm.operations.checks import check_device, check_given
 from fastllm.operations.declaration import DTYPES
@@ -118,9 +119,10 @@ def embedding(
         raise RuntimeError(f"{op}: scale_grad_by_freq is not supported for a sparse gradient")
     shard = Shard.of(op, vocab_start, weight.shape[0], group, weight.device)
     if padding_idx is not None:
-        if input.is_cpu and not -int(shard.total) <= padding_idx < max(int(shard.total), 1):
+        if shard_module.may_look(input.device):
             total = int(shard.total)
-            raise AssertionError(f"{op}: padding_idx must be in [{-total}, {total}), got {padding_idx}")
+            if not -total <= padding_idx < max(total, 1):
+                raise AssertionError(f"{op}: padding_idx must be in [{-total}, {total}), got {padding_idx}")
         if padding_idx < 0:
             padding_idx = padding_idx + shard.total  # a tensor: a GPU is not waited for
     shard.check_ids("input", input)

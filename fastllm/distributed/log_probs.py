@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastllm import functional as F
+from fastllm.distributed import shard as shard_module
 from fastllm.distributed.rows import LEAST, Rows
 from fastllm.distributed.shard import Shard, refuse_second_derivative
 from fastllm.functional import LogProbs
@@ -160,7 +161,7 @@ def linear_log_probs(
     shard.check_ids("target", y, counted)
     if top_ids is not None:
         shard.check_ids("top_ids", as_rows(top_ids), counted[:, None])
-    if per_token and y.is_cpu and (wrong := counted & ~(temperature.reshape(-1) > 0)).any():
+    if per_token and shard_module.may_look(y.device) and (wrong := counted & ~(temperature.reshape(-1) > 0)).any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
             f"{op}: temperature must be positive, got {float(temperature.reshape(-1)[row])} at position {row}"

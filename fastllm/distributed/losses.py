@@ -174,7 +174,7 @@ def _reduced(
             elif divisor == 0:
                 divisor = math.inf
         if not isinstance(divisor, Tensor):
-            divisor = total.new_tensor(divisor)  # 0 / 0 is NaN
+            divisor = total.new_full((), divisor)  # 0 / 0 is NaN
         total = total / divisor
     return total.to(losses.dtype)
 

@@ -125,7 +125,8 @@ class Rows:
             empty = largest == -torch.inf
             reference = largest.masked_fill(empty, 0)
             below = z - reference[:, None]
-            exponential = below.exp().scatter_(1, argmax[:, None], 0.0)
+            exponential = below.exp() if moments or spread is not None else below.exp_()
+            exponential.scatter_(1, argmax[:, None], 0.0)
             table["largest"][part] = largest
             table["others"][part] = exponential.sum(1).masked_fill_(empty, -1)
             if self.ignored is not None:

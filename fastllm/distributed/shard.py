@@ -31,6 +31,11 @@ def checked_group(op: str, group: dist.ProcessGroup | None) -> dist.ProcessGroup
     return group
 
 
+def may_look(device: torch.device) -> bool:
+    """Whether the host may read numbers: it would have to wait for those of a GPU."""
+    return device.type == "cpu"
+
+
 def sum_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over all processes, in place."""
     if tensor.numel() > 0:
@@ -69,9 +74,11 @@ class Shard:
         if start < 0:
             raise ValueError(f"{op}: vocab_start must be at least 0, got {start}")
         shard = cls(op, start, size, group, torch.empty(0))
-        held = shard.gather(torch.tensor([start, size], device=device))
+        own = torch.full((2,), size, dtype=torch.int64, device=device)
+        own[0].fill_(start)  # numbers that a GPU fills in: a copy from the host would be waited for
+        held = shard.gather(own)
         shard.total = held[:, 1].sum()
-        if device.type == "cpu":
+        if may_look(device):
             _check_cover(op, held.tolist())
         return shard
 
@@ -96,7 +103,7 @@ class Shard:
         outside = (ids < 0) | (ids >= self.total)
         if counted is not None:
             outside = outside & counted
-        if not ids.is_cpu:
+        if not may_look(ids.device):
             torch._assert_async(~outside.any(), f"{self.op}: {name} holds an id outside the vocabulary")
         elif outside.any():
             position = int(outside.flatten().nonzero()[0])
