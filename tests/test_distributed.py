@@ -362,6 +362,28 @@ def test_log_probs_in_every_dtype(two, dtype):
         same_everywhere(two.run(log_probs_case, cut, dtype, options, True, False))
 
 
+def masked_part_case(rank, size, cut):
+    """All classes of one part are -inf: it adds nothing, also not to sums over classes."""
+    start, stop = bounds(rank, size, cut)
+    bias = normal(V, seed=3)
+    bias[:4] = -torch.inf
+    outputs = ("log_prob", "entropy", "lse", "argmax", "log_sum_sq_probs")
+    y = targets("each").clamp(min=4)
+    x, w = normal(N, DIM, seed=1), normal(V, DIM, seed=2)
+    ours = (
+        lambda x, w: D.linear_log_probs(  # noqa: E731
+            x, w, y, linear_bias=bias[start:stop].to(x.dtype), outputs=outputs, vocab_start=start
+        )
+    )
+    plain = lambda x, w: F.linear_log_probs(x, w, y, linear_bias=bias.to(x.dtype), outputs=outputs)  # noqa: E731
+    return three_ways(ours, plain, [x, w], [None, slice(start, stop)], torch.float64)
+
+
+def test_a_part_without_a_chance(four):
+    for cut in CUTS[4][:2]:
+        same_everywhere(four.run(masked_part_case, cut))
+
+
 EMBEDDING = [
     {},
     {"padding_idx": 0},
