@@ -49,10 +49,14 @@ class Rows:
         softcap: float | None,
         temperature: Tensor | float | None = None,
     ) -> None:
-        self.shard, self.input, self.weight, self.bias = shard, input, weight, bias
+        self.shard, self.input, self.weight = shard, input, weight
         self.softcap, self.temperature = softcap, temperature
         self.count = input.shape[0]
         self.dtype = accumulator(input.dtype)
+        if weight is not None:
+            self.product_dtype = _product_dtype(input)
+            self.factor = weight.to(self.product_dtype)
+            self.added = None if bias is None else bias.to(self.product_dtype)
         self.ignored = None
         if target is not None:
             self.ignored = target == ignore_index
@@ -65,7 +69,7 @@ class Rows:
         """``z`` of a chunk, and ``x / softcap``. Without a weight ``z`` may be the caller's memory."""
         x = self.input[part]
         if self.weight is not None:
-            x = TF.linear(x, self.weight, self.bias)
+            x = TF.linear(x.to(self.product_dtype), self.factor, self.added).to(x.dtype)
         z, ratio = x.to(self.dtype), None
         if self.softcap is not None:
             ratio = z / self.softcap
@@ -182,11 +186,11 @@ class Rows:
                 continue
             if need_bias:
                 grad_bias += grad.sum(0)
-            grad = grad.to(self.input.dtype)
+            grad = grad.to(self.input.dtype).to(self.product_dtype)
             if need_input:
-                grad_input[part] = grad @ self.weight
+                grad_input[part] = grad @ self.factor
             if need_weight:
-                rows = self.input[part]
+                rows = self.input[part].to(self.product_dtype)
                 if self.ignored is not None:  # an ignored row may hold NaN
                     rows = rows.masked_fill(self.ignored[part, None], 0)
                 if grad.dtype == self.dtype:
@@ -197,6 +201,14 @@ class Rows:
             self.shard.sum_(grad_input)
         dtype = self.input.dtype
         return tuple(None if grad is None else grad.to(dtype) for grad in (grad_input, grad_weight, grad_bias))
+
+
+def _product_dtype(tensor: Tensor) -> torch.dtype:
+    """That of copies to multiply: float32 where the processor has no instructions for a lower precision."""
+    if not tensor.is_cpu or tensor.dtype not in (torch.bfloat16, torch.float16):
+        return tensor.dtype
+    bfloat16 = tensor.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    return tensor.dtype if bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def _as_numbers(ids: Tensor, dtype: torch.dtype) -> Tensor:
