@@ -370,11 +370,11 @@ def masked_part_case(rank, size, cut):
     outputs = ("log_prob", "entropy", "lse", "argmax", "log_sum_sq_probs")
     y = targets("each").clamp(min=4)
     x, w = normal(N, DIM, seed=1), normal(V, DIM, seed=2)
-    ours = (
-        lambda x, w: D.linear_log_probs(  # noqa: E731
-            x, w, y, linear_bias=bias[start:stop].to(x.dtype), outputs=outputs, vocab_start=start
-        )
-    )
+    given = {"outputs": outputs, "vocab_start": start}
+
+    def ours(x, w):
+        return D.linear_log_probs(x, w, y, linear_bias=bias[start:stop].to(x.dtype), **given)
+
     plain = lambda x, w: F.linear_log_probs(x, w, y, linear_bias=bias.to(x.dtype), outputs=outputs)  # noqa: E731
     return three_ways(ours, plain, [x, w], [None, slice(start, stop)], torch.float64)
 
