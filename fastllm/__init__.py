@@ -37,6 +37,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "accelerated",
+    "distributed",
     "functional",
     "info",
     "memory",
@@ -48,8 +49,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "models":
+    if name in ("distributed", "models"):
         import importlib
 
-        return importlib.import_module("fastllm.models")
+        return importlib.import_module(f"fastllm.{name}")
     raise AttributeError(f"module 'fastllm' has no attribute {name!r}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fastllm import eager
-from fastllm.backends import has_kernels, holds_numbers, native
+from fastllm.backends import _PLAIN, has_kernels, holds_numbers, native
 from fastllm.operations import log_probs as _log_probs
 from fastllm.operations.checks import check_linear
 from fastllm.operations.declaration import DTYPES, REDUCTIONS, accumulator, autocast_to
@@ -46,6 +47,15 @@ _ACCEPTED: dict[type, tuple[type, ...]] = {  # by PyTorch, for an argument of th
     bool: (bool, torch.SymBool),
     float: (numbers.Real, torch.SymInt, torch.SymFloat, Tensor),
 }
+
+
+def _are_placed(*tensors: Tensor) -> bool:
+    """Whether one of the tensors is a ``DTensor``: what its processes hold is ``fastllm.distributed``'s work.
+
+    Callers ask only where a tensor is of no plain type.
+    """
+    module = sys.modules.get("torch.distributed.tensor")  # without it there is none
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
 def _reduction_name(op: str, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
@@ -250,6 +260,10 @@ def embedding(
     -----
     Signature and semantics of :func:`torch.nn.functional.embedding`.
     """
+    if type(weight) not in _PLAIN and _are_placed(weight, input):
+        from fastllm.distributed import dtensor
+
+        return dtensor.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if padding_idx is not None and type(padding_idx) is not int:
         padding_idx = _integer("embedding", "padding_idx", padding_idx)
     if type(scale_grad_by_freq) is not bool or type(sparse) is not bool:
@@ -483,6 +497,22 @@ def cross_entropy(
     if type(ignore_index) is not int:
         ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
     _check_numbers("cross_entropy", label_smoothing, lse_square_scale, softcap)
+    if type(input) not in _PLAIN and _are_placed(input):
+        from fastllm.distributed import dtensor
+
+        return dtensor.cross_entropy(
+            input,
+            target,
+            weight,
+            reduction,
+            num_items,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            softcap=softcap,
+            all_ignored=all_ignored,
+            inplace_backward=inplace_backward,
+        )
     if num_items is not None or all_ignored != "nan":
 
         def loss(reduction: str) -> Tensor:
@@ -580,6 +610,24 @@ def linear_cross_entropy(
     given; here -100 counts as not given.
     """
     op = "linear_cross_entropy"
+    if type(linear_weight) not in _PLAIN and _are_placed(linear_weight, input):
+        from fastllm.distributed import dtensor
+
+        return dtensor.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            weight,
+            _reduction_name(op, reduction),
+            num_items,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            softcap=softcap,
+            all_ignored=all_ignored,
+            shift=shift,
+        )
     if linear_weight.dim() != 2:
         _check_linear(input, linear_weight, linear_bias)  # else the compiled operation checks, or eager after this
     if reduction not in _REDUCTION_NAMES:
@@ -796,6 +844,20 @@ def linear_log_probs(
     not match.
     """
     op = "linear_log_probs"
+    if type(linear_weight) not in _PLAIN and _are_placed(linear_weight, input):
+        from fastllm.distributed import dtensor
+
+        return dtensor.linear_log_probs(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            temperature,
+            top_ids,
+            ignore_index=ignore_index,
+            softcap=softcap,
+            outputs=outputs,
+        )
     ignore_index, temperature = _check_log_probs(op, ignore_index, temperature, softcap, input, linear_weight, target)
     kind = input.device.type
     if torch.is_autocast_enabled(kind):

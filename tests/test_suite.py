@@ -23,7 +23,13 @@ TESTS = Path(__file__).resolve().parent
 NEEDED = {
     "triton": ("test_triton.py", "test_triton_aot.py"),
     "transformers": ("test_accelerate_families.py",),
-    "tokenizers": ("test_tokenizer.py", "test_training.py", "test_checkpoint.py", "test_train.py"),
+    "tokenizers": (
+        "test_tokenizer.py",
+        "test_training.py",
+        "test_checkpoint.py",
+        "test_train.py",
+        "test_train_processes.py",
+    ),
 }
 ABSENT = (file for package, files in NEEDED.items() if importlib.util.find_spec(package) is None for file in files)
 ELSEWHERE = ("test_gpu.py", *ABSENT)
