@@ -5,7 +5,7 @@ PIP_INSTALL = $(VENV_PYTHON) -m pip install --disable-pip-version-check --progre
 PIP_WHEEL = $(VENV_PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h) $(wildcard fastllm/_build/*.py) setup.py pyproject.toml
 
-.PHONY: demo test test-all check test-asan bench bench-quick bench-all plots readme-benchmarks wheel wheel-pure gpu-check clean
+.PHONY: demo test test-all check test-asan bench bench-quick bench-all plots readme-benchmarks wheel wheel-pure docs gpu-check clean
 
 demo: .venv/built
 	$(VENV_PYTHON) -m fastllm train --layers 2 --width 128 --heads 4 --vocab-size 2048 --sequence-length 64 --steps 300 --compare
@@ -48,11 +48,15 @@ wheel: .venv/built
 wheel-pure: .venv/installed
 	FASTLLM_PURE=1 $(PIP_WHEEL)
 
+# The documentation site, in build/site/docs/index.html; needs no network once .venv is there.
+docs: .venv/installed
+	$(VENV_PYTHON) -m sphinx -W --keep-going -E -q -c docs -d build/site.doctrees . build/site
+
 # On a machine with a GPU, in the environment of PYTHON: nothing is installed. OUT is the folder of the reports.
 gpu-check:
 	$(PYTHON) tests/gpu_check.py $(if $(OUT),--out $(OUT))
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt docs/requirements.txt
 	@echo "=== set-up: a virtual environment in .venv"
 	$(PYTHON) -m venv .venv
 	@echo "=== set-up: packages of requirements.txt"

@@ -163,6 +163,50 @@ def linear_cross_entropy(n: int, sizes: Sizes, dtype: str) -> Case:
     )
 
 
+def _log_prob_and_entropy(found: F.LogProbs) -> Tensor:
+    return found.log_prob + found.entropy
+
+
+def _eager_log_prob_and_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    log_p = TF.log_softmax(logits, -1, dtype=torch.float32)
+    return log_p.gather(-1, y[:, None])[:, 0] - (log_p.exp() * log_p).sum(-1)
+
+
+def log_probs(n: int, sizes: Sizes, dtype: str) -> Case:
+    """Log probability of the target, and entropy."""
+    v = sizes.v
+    x, y = leaf(n, v, dtype=dtype), torch.randint(0, v, (n,))
+    return Case(
+        "log_probs",
+        f"{n} x {v}",
+        dtype,
+        _eager_log_prob_and_entropy,
+        lambda x, y: _log_prob_and_entropy(F.log_probs(x, y, outputs=("log_prob", "entropy"))),
+        (x, y),
+        [x],
+        bytes=3 * n * v * x.element_size(),  # logits read in forward and in backward, gradient written
+        incoming=normal(n, dtype="fp32"),
+        repeats=12 if n * v > 10**7 else 200,
+    )
+
+
+def linear_log_probs(n: int, sizes: Sizes, dtype: str) -> Case:
+    d, v = sizes.d, sizes.v
+    x, w = leaf(n, d, dtype=dtype), leaf(v, d, dtype=dtype, scale=d**-0.5)
+    return Case(
+        "linear_log_probs",
+        f"{n}, {d} -> {v}",
+        dtype,
+        lambda x, w, y: _eager_log_prob_and_entropy(TF.linear(x, w), y),
+        lambda x, w, y: _log_prob_and_entropy(F.linear_log_probs(x, w, y, outputs=("log_prob", "entropy"))),
+        (x, w, torch.randint(0, v, (n,))),
+        [x, w],
+        flops=8 * n * d * v,  # logits in forward and again in backward, and the gradients of input and weight
+        incoming=normal(n, dtype="fp32"),
+        repeats=5 if n * d * v > 10**9 else 100,
+    )
+
+
 def mse_loss(n: int, sizes: Sizes, dtype: str) -> Case:
     v = sizes.v
     x = leaf(n, v, dtype=dtype)
@@ -274,6 +318,10 @@ CPU_ENTRIES = [
     Entry(linear_cross_entropy, "gpt2", "bf16", 2048, 2.0),
     Entry(linear_cross_entropy, "llama", "fp32", 128),
     Entry(linear_cross_entropy, "gemma", "bf16", 256),
+    Entry(log_probs, "gpt2", "fp32", 2048, 8.0),
+    Entry(log_probs, "gpt2", "bf16", 2048),
+    Entry(linear_log_probs, "gpt2", "fp32", 2048),
+    Entry(linear_log_probs, "gpt2", "bf16", 2048),
     Entry(mse_loss, "small", "fp32", 1024),
     Entry(mse_loss, "aim", "fp32", 1024, 6.0, quick=True),
     Entry(mse_loss, "aim", "bf16", 1024, 10.0),
@@ -312,6 +360,8 @@ CUDA_ENTRIES = [
     Entry(linear_cross_entropy, "llama", "bf16", 2048, 1.08),
     Entry(linear_cross_entropy, "qwen", "bf16", 8192, 1.0),
     Entry(linear_cross_entropy, "gemma", "bf16", 4096),
+    Entry(log_probs, "llama", "bf16", 2048),
+    Entry(linear_log_probs, "llama", "bf16", 2048),
     Entry(mse_loss, "aim", "fp32", 16384, 2.1, quick=True),
     Entry(mse_loss, "aim", "bf16", 16384, 2.1),
     Entry(embedding, "small", "fp32", 16384, quick=True),

@@ -1,8 +1,8 @@
 """Tokens a second and extra memory of training: ``python benchmarks/end_to_end.py --out DIR`` writes end_to_end.json.
 
-MLPLanguageModel, and Hugging Face's OPT in GPT-2's size with random weights, under AdamW on random Zipf-distributed ids:
-eager PyTorch, torch.compile of it, fastllm, and fastllm under torch.compile; copies of one model in one process, a step of
-each in turn. TransformerLanguageModel is not measured, as this version of fastllm does not have it.
+MLPLanguageModel, and Hugging Face's OPT in GPT-2's size with random weights, before and after ``fastllm.accelerate``, under
+AdamW on random Zipf-distributed ids: eager PyTorch, torch.compile of it, fastllm, and fastllm under torch.compile; copies of
+one model in one process, a step of each in turn.
 """
 
 from __future__ import annotations
@@ -36,9 +36,16 @@ GPT2 = {
     "num_attention_heads": 12,
     "max_position_embeddings": 1024,
 }
+FEW_WORDS = {**GPT2, "vocab_size": 2048}
 OPT = {
-    "cpu": {"OPT in GPT-2's size (768, 12 layers, 50257), 2 x 128 tokens, fp32": (GPT2, 2, 128, "float32")},
-    "cuda": {"OPT in GPT-2's size (768, 12 layers, 50257), 8 x 1024 tokens, bf16": (GPT2, 8, 1024, "bfloat16")},
+    "cpu": {
+        "OPT in GPT-2's size (768, 12 layers, 50257), 2 x 128 tokens, fp32": (GPT2, 2, 128, "float32"),
+        "OPT in GPT-2's size (768, 12 layers, 2048), 2 x 128 tokens, fp32": (FEW_WORDS, 2, 128, "float32"),
+    },
+    "cuda": {
+        "OPT in GPT-2's size (768, 12 layers, 50257), 8 x 1024 tokens, bf16": (GPT2, 8, 1024, "bfloat16"),
+        "OPT in GPT-2's size (768, 12 layers, 2048), 8 x 1024 tokens, bf16": (FEW_WORDS, 8, 1024, "bfloat16"),
+    },
 }
 Loss = Callable  # of a batch of ids, one longer than what is predicted
 
@@ -61,40 +68,12 @@ def mlp_losses(sizes: tuple, device: str) -> tuple[dict[str, tuple[object, Loss]
     return {name: variant("eager" if name in ("eager", "compile") else None) for name in VARIANTS}, ids
 
 
-def replace_block(layer) -> None:
-    """Makes OPT's layer call fastllm's feed-forward block where it calls fc1; its activation and fc2 become nothing."""
-    import torch
-
-    import fastllm
-
-    block = fastllm.ReLUMLP(1, 1)
-    block.up, block.down = layer.fc1, layer.fc2
-    layer.fc1, layer.activation_fn, layer.fc2 = block, torch.nn.Identity(), torch.nn.Identity()
-
-
-def with_fastllm(model) -> Loss:
-    """Puts fastllm's layers into an OPT, parameters shared; its loss, which never holds the logits."""
-    import fastllm
-    import fastllm.functional as F
-
-    decoder = model.model.decoder
-    table = decoder.embed_tokens
-    decoder.embed_tokens = fastllm.Embedding(1, 1)
-    decoder.embed_tokens.weight, decoder.embed_tokens.padding_idx = table.weight, table.padding_idx
-    for layer in decoder.layers:
-        replace_block(layer)
-
-    def loss(ids):
-        hidden = decoder(ids, use_cache=False).last_hidden_state[:, :-1]
-        return F.linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, ids[:, 1:].flatten())
-
-    return loss
-
-
 def opt_losses(settings: tuple, device: str) -> tuple[dict[str, tuple[object, Loss]], object]:
     import torch
     from cases import zipf
     from transformers import OPTConfig, OPTForCausalLM
+
+    import fastllm
 
     sizes, batch, length, dtype = settings
     # No token is special: padding would leave its embedding without a gradient.
@@ -105,7 +84,7 @@ def opt_losses(settings: tuple, device: str) -> tuple[dict[str, tuple[object, Lo
     def variant(name: str) -> tuple[object, Loss]:
         own = copy.deepcopy(model)
         if name.startswith("fastllm"):
-            return own, with_fastllm(own)
+            fastllm.accelerate(own)
         return own, lambda ids: own(ids, labels=ids, use_cache=False).loss
 
     return {name: variant(name) for name in VARIANTS}, ids
@@ -225,13 +204,14 @@ def main() -> int:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=4, help="of measurement for each variant")
+    parser.add_argument("--models", default="", help="only those whose title holds this text, such as OPT")
     options = parser.parse_args()
     import machine
     from run import WARM_MALLOC
 
     from fastllm.lm.progress import ProgressBar
 
-    titles = [*MLPS, *OPT[options.device]]
+    titles = [title for title in (*MLPS, *OPT[options.device]) if options.models in title]
     report: dict = {"machine": machine.facts(options.threads, options.device), "models": {}, "warm_malloc": {}}
     progress = ProgressBar(len(titles))
     for done, title in enumerate(titles):

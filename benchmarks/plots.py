@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import machine  # noqa: E402
-import report as report_  # noqa: E402
-import scaling  # noqa: E402
+import machine
+import report as report_
+import scaling
 
 COLORS = {
     "eager": "#888888",

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import end_to_end  # noqa: E402
-import largest  # noqa: E402
-import report  # noqa: E402
+import end_to_end
+import largest
+import report
 
 ROOT = Path(__file__).resolve().parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"

@@ -171,6 +171,8 @@ REPLACES = {
     "cross_entropy": "`F.cross_entropy`",
     "cross_entropy in place": "the same, with `inplace_backward=True`",
     "linear_cross_entropy": "`F.cross_entropy(F.linear(...))`",
+    "log_probs": "`log_softmax`, `gather`, and the entropy's sum",
+    "linear_log_probs": "the same of `F.linear(...)`",
 }
 
 
@@ -183,6 +185,8 @@ def overview(report: dict) -> str:
             for case in report["cases"]
             if trouble(case) is None and (case["op"] == operation or case["op"].split()[0] == operation == "embedding")
         ]
+        if not cases:  # a report of before the operation was timed
+            continue
         speeds = sorted(ratio(case) for case in cases)
         memory = sorted(
             max(case["extra_peak"]["fastllm"], 0) / case["extra_peak"]["eager"]

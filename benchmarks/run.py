@@ -19,11 +19,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import peers as peers_  # noqa: E402
-import report as report_  # noqa: E402
-import torch  # noqa: E402
-from cases import DTYPES, ENTRIES, SHAPES, Case, Entry  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+import peers as peers_
+import report as report_
+import torch
+from cases import DTYPES, ENTRIES, SHAPES, Case, Entry
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 WARM_MALLOC = {
     "MALLOC_MMAP_MAX_": "0",

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import cases  # noqa: E402
-from cases import Case, Sizes  # noqa: E402
+import cases
+from cases import Case, Sizes
 
 GROW = [1, 4, 16, 64]
 VOCABULARIES = [1000, 4000, 16000, 64000, 256000]

@@ -39,6 +39,7 @@ __all__ = [
     "accelerate",
     "accelerated",
     "batch_invariant",
+    "distributed",
     "functional",
     "info",
     "memory",
@@ -50,8 +51,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "models":
+    if name in ("distributed", "models"):
         import importlib
 
-        return importlib.import_module("fastllm.models")
+        return importlib.import_module(f"fastllm.{name}")
     raise AttributeError(f"module 'fastllm' has no attribute {name!r}")

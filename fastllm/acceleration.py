@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,15 +96,15 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"fastllm.accelerate: {len(self.replaced)} replaced, {len(self.left)} left"]
-        rows = [(row.name or "(the model)", row.kind, row.became, row.backend) for row in self.replaced]
-        lines += _table("replaced", ("name", "class", "became", "backend"), rows)
-        rows = [(row.name or "(the model)", row.kind, row.reason) for row in self.left]
-        return "\n".join(lines + _table("left", ("name", "class", "why"), rows))
+        replaced = [(row.name or "(the model)", row.kind, row.became, row.backend) for row in self.replaced]
+        lines += _table("replaced", ("name", "class", "became", "backend"), replaced)
+        left = [(row.name or "(the model)", row.kind, row.reason) for row in self.left]
+        return "\n".join(lines + _table("left", ("name", "class", "why"), left))
 
     __repr__ = __str__
 
 
-def _table(title: str, heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(title: str, heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     if not rows:
         return []
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
@@ -200,7 +201,7 @@ class _Plan:
         found = False
         at = 0
         while at + 1 < len(children):
-            (first_name, first), (relu_name, relu) = children[at : at + 2]
+            (first_name, first), (_, relu) = children[at : at + 2]
             if not (isinstance(first, nn.Linear) and isinstance(relu, nn.ReLU)):
                 at += 1
                 continue
@@ -283,7 +284,7 @@ class _Plan:
 
     # --- the loss of a language model
 
-    def language_model(self, name: str, model: nn.Module) -> None:
+    def language_model(self, name: str, model: Any) -> None:
         if not any(
             k.__name__ == "PreTrainedModel" and k.__module__.startswith("transformers.") for k in type(model).__mro__
         ):
@@ -311,7 +312,7 @@ class _Plan:
             self.change(head, LanguageModelHead)
         if not is_accelerated:
             base = vars(type(model)).get("_fastllm_base", type(model))  # of a model made by an accelerated one's class
-            self.change(model, accelerated_class(base), _fastllm_head=tuple(path.split(".")))
+            self.change(model, accelerated_class(base), _fastllm_head=tuple(str(path).split(".")))
         became = "its loss by linear_cross_entropy, without logits"
         self.replaced(head_name, f"{type(model).__name__}'s head", became, "linear_cross_entropy", head.weight)
 
@@ -325,7 +326,7 @@ class _Plan:
             return f"the head: {reason}"
         if "forward" in model.__dict__:
             return "the model's forward was replaced on the instance"
-        module = model
+        module: Any = model
         for part in path.split("."):
             module = module._modules[part]
             if has_hooks(module):

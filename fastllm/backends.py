@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from fastllm import _native, operations, triton
 from fastllm._build import cache
 from fastllm._version import TESTED_TORCH, __version__
-from fastllm.operations import DTYPES
+from fastllm.operations import DTYPES, dense, node
 from fastllm.operations import NAMES as OPERATIONS
 
 
@@ -58,7 +58,7 @@ def _why_no_cuda() -> str | None:
     return None
 
 
-_ALL = frozenset(OPERATIONS)
+_ALL = frozenset(operations.FUNCTIONS)
 TABLE = {  # in the order in which "auto" asks them
     "cpu": Backend("cpu", _ALL, ("cpu",), _native.MISSING),
     "cuda": Backend("cuda", _ALL, ("cuda",), _why_no_cuda()),
@@ -70,6 +70,7 @@ if _native.extension is None:
     operations.implement_in_python(operations.OPERATIONS)
 else:
     operations.complete_in_extension(operations.OPERATIONS, _native.extension)
+    dense.use(_native.extension)
 if TABLE["triton"].missing is None:
     triton.register()
 
@@ -140,6 +141,9 @@ def use_backend(name: str) -> Iterator[None]:
         _choose(before)
 
 
+node.know_backends(get_backend, use_backend)
+
+
 def _choose(name: str | None) -> None:
     """The choice of this thread, here and in the compiled operations."""
     _chosen.name = name
@@ -205,7 +209,7 @@ def _triton_refusal(op: str, dtype: torch.dtype, device: torch.device) -> str | 
 
 
 # What torch.compiler.assume_constant_result sets; calling that imports the compiler, which takes seconds.
-_triton_refusal._dynamo_marked_constant = True
+_triton_refusal.__dict__["_dynamo_marked_constant"] = True
 
 
 def _accelerator_serves(op: str, tensor: torch.Tensor) -> bool:
@@ -213,8 +217,10 @@ def _accelerator_serves(op: str, tensor: torch.Tensor) -> bool:
     kind = tensor.device.type
     if kind not in _ACCELERATORS:
         return False
-    if kind == "cuda" and _CUDA_READY:
+    if kind == "cuda" and _CUDA_READY and op in TABLE["cuda"].operations:
         return True
+    if op not in TABLE["triton"].operations:
+        return False
     reason = _triton_refusal(op, tensor.dtype, tensor.device)
     if reason is not None and reason not in _told and not torch.compiler.is_compiling():
         _told.add(reason)
@@ -244,48 +250,33 @@ def native(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> Calla
     """
     if not torch.compiler.is_compiling() and _serves(tensor, *others):
         return _DIRECT[op]
+    return _TRACEABLE[op] if has_kernels(op, tensor, *others) else None
+
+
+def has_kernels(op: str, tensor: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the chosen backend has kernels for ``op``; if not, the eager definition serves. Errors as :func:`native`."""
     name = _chosen.name or _default
     if name == "eager":
-        return None
+        return False
     if type(tensor) not in _PLAIN and not _is_traced(op, tensor):
-        return None
+        return False
     dense = tensor.layout is _STRIDED and not tensor.is_nested
     for other in others:
         if type(other) not in _PLAIN_OR_NONE and not _is_traced(op, other):
-            return None
+            return False
         dense = dense and (other is None or other.layout is _STRIDED)
     if _in_transform() or forward_ad._current_level >= 0:
-        return None
+        return False
     if name == "auto":
         if not dense or tensor.dtype not in DTYPES:
-            return None
-        ready = _CPU_READY if tensor.is_cpu else _accelerator_serves(op, tensor)
-        return _TRACEABLE[op] if ready else None
+            return False
+        return _CPU_READY if tensor.is_cpu else _accelerator_serves(op, tensor)
     reason = TABLE[name].refusal(op, tensor) if dense else "it serves dense tensors, got a sparse or nested one"
     if reason is None and name == "triton" and tensor.device.type in _ACCELERATORS:
         reason = _triton_refusal(op, tensor.dtype, tensor.device)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {name!r} cannot serve this call: {reason}")
-    return _TRACEABLE[op]
-
-
-def check_eager(op: str, *tensors: torch.Tensor | None) -> None:
-    """For an operation that has no kernels: that no other backend was asked for, and nothing that it cannot take came.
-
-    Raises
-    ------
-    RuntimeError
-        A backend other than ``eager`` was asked for by name, or ``torch.func`` or forward-mode derivatives transform the
-        call, or a tensor is sparse or nested.
-    """
-    name = _chosen.name or _default
-    if name not in ("auto", "eager"):
-        raise RuntimeError(f"{op}: backend {name!r} cannot serve this call: it has no {op}; 'eager' alone serves it")
-    if _in_transform() or forward_ad._current_level >= 0:
-        raise RuntimeError(f"{op}: torch.func's transforms and forward-mode derivatives are not supported")
-    for tensor in tensors:
-        if tensor is not None and (tensor.layout is not _STRIDED or tensor.is_nested):
-            raise RuntimeError(f"{op}: it serves dense tensors, got a sparse or nested one")
+    return True
 
 
 def _server(op: str, device_type: str) -> str:
@@ -336,7 +327,9 @@ def info() -> Info:
         A ``dict``; ``print(fastllm.info())`` shows it as a table.
     """
     build, extension = _native.BUILD, _native.extension
-    served = {op: f"CPU tensors: {_server(op, 'cpu')}; CUDA tensors: {_server(op, 'cuda')}" for op in OPERATIONS}
+    served = {
+        op: f"CPU tensors: {_server(op, 'cpu')}; CUDA tensors: {_server(op, 'cuda')}" for op in operations.FUNCTIONS
+    }
     report = Info(
         fastllm=__version__,
         torch=torch.__version__,

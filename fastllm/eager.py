@@ -6,6 +6,8 @@ under every backend (``functional``), and this backend leaves them as they are."
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -121,3 +123,59 @@ def linear_cross_entropy(
     """``cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)``."""
     logits = linear(input, linear_weight, linear_bias)
     return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, lse_square_scale, softcap)
+
+
+def log_probs(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int = -100,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    outputs: Sequence[str] = ("log_prob",),
+    top_ids: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The fields of :func:`fastllm.functional.log_probs` that ``outputs`` names, in float32 (float64 for float64)."""
+    counted = target != ignore_index
+    rows = counted[..., None]
+    x = torch.where(rows, input if input.dtype == torch.float64 else input.float(), 0.0)
+    if x.shape[-1] == 0:
+        x = F.pad(x, (0, 1))  # every row is ignored
+    z = x if softcap is None else softcap * torch.tanh(x / softcap)
+    z = z / (
+        torch.where(counted, temperature, 1.0).to(z.dtype)[..., None]
+        if isinstance(temperature, Tensor)
+        else temperature
+    )
+    # Relative to the largest, whose own 1 is left to log1p: a sum of both would round small tails off.
+    argmax = z.argmax(-1, keepdim=True)
+    largest = z.gather(-1, argmax)
+    below = (z - largest).scatter(-1, argmax, 0.0)
+    largest = largest[..., 0]
+    below = below + torch.where(largest.isfinite(), 0.0, torch.nan)[..., None]
+    others = below.exp().scatter(-1, argmax, 0.0)
+    tail = others.sum(-1).log1p()
+    log_p = below - tail[..., None]
+    formulas = {
+        "log_prob": lambda: log_p.gather(-1, torch.where(counted, target, 0).long()[..., None])[..., 0],
+        "entropy": lambda: -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1),
+        "lse": lambda: torch.where(largest.isinf(), largest, largest + tail),
+        "argmax": lambda: argmax[..., 0],
+        "mean_logit": lambda: z.mean(-1),
+        "log_sum_sq_probs": lambda: others.square().sum(-1).log1p() - 2 * tail,
+        "top_log_prob": lambda: log_p.gather(-1, torch.where(rows, top_ids, 0)),
+    }
+    found = {}
+    for name in outputs:
+        value = formulas[name]()
+        of_rows = rows if name == "top_log_prob" else counted
+        value = torch.where(of_rows, value, -1 if name == "argmax" else 0.0)
+        found[name] = value.detach() if name in ("mean_logit", "log_sum_sq_probs") else value
+    return found
+
+
+def linear_log_probs(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, ignore_index: int, *options
+) -> dict[str, Tensor]:
+    """``log_probs(F.linear(input, linear_weight, linear_bias), target, ...)``; rows of ignored targets are not read."""
+    x = torch.where((target != ignore_index)[..., None], input, 0.0)
+    return log_probs(linear(x, linear_weight, linear_bias), target, ignore_index, *options)

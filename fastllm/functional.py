@@ -13,19 +13,21 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import _reduction
 
 from fastllm import eager
-from fastllm import log_probs as _log_probs
-from fastllm.backends import check_eager, holds_numbers, native
-from fastllm.log_probs import LogProbs
+from fastllm.backends import _PLAIN, has_kernels, holds_numbers, native
+from fastllm.operations import log_probs as _log_probs
 from fastllm.operations.checks import check_linear
 from fastllm.operations.declaration import DTYPES, REDUCTIONS, accumulator, autocast_to
+from fastllm.operations.log_probs import LogProbs
 
 __all__ = [
     "cross_entropy",
@@ -41,10 +43,19 @@ __all__ = [
 _REDUCTIONS = {name: number for number, name in enumerate(REDUCTIONS)}
 _REDUCTION_NAMES = REDUCTIONS  # `in` compares: a reduction that has no hash is another value, not an error
 _ALL_IGNORED = ("nan", "zero")
-_ACCEPTED = {  # by PyTorch, for an argument of that type
+_ACCEPTED: dict[type, tuple[type, ...]] = {  # by PyTorch, for an argument of that type
     bool: (bool, torch.SymBool),
     float: (numbers.Real, torch.SymInt, torch.SymFloat, Tensor),
 }
+
+
+def _are_placed(*tensors: Tensor) -> bool:
+    """Whether one of the tensors is a ``DTensor``: what its processes hold is ``fastllm.distributed``'s work.
+
+    Callers ask only where a tensor is of no plain type.
+    """
+    module = sys.modules.get("torch.distributed.tensor")  # without it there is none
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
 def _reduction_name(op: str, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
@@ -64,7 +75,7 @@ def _check_type(op: str, name: str, value: object, kind: type) -> None:
         raise TypeError(f"{op}: {name} must be {kind.__name__}, got {value!r} of type {type(value).__name__}")
 
 
-def _integer(op: str, name: str, value: object) -> int:
+def _integer(op: str, name: str, value: Any) -> Any:
     """An integer as PyTorch accepts one, or an object with ``__index__``, such as NumPy's integers and 0-dim arrays."""
     if isinstance(value, torch.SymInt) or (isinstance(value, Tensor) and torch.compiler.is_compiling()):
         return value  # the compiled operation takes it: its value would end the trace
@@ -87,7 +98,7 @@ def _check_overwritable(input: Tensor) -> None:
     if input.is_leaf:
         wrong = "a leaf that requires a gradient"
     elif not torch.compiler.is_compiling() and input._is_view():
-        if input._base.is_leaf:
+        if input._base is not None and input._base.is_leaf:
             wrong = "a view of a leaf that requires a gradient"
         elif torch._C._autograd._get_creation_meta(input) != torch._C._autograd.CreationMeta.DEFAULT:
             wrong = "one of several views made at once, or one made without gradients"
@@ -144,6 +155,7 @@ def _divided(
         total = loss("sum")
         dtype, total = total.dtype, total.to(accumulator(total.dtype))
     if num_items is None:
+        assert weight is not None  # without, the mean was taken above
         counted = target != ignore_index
         classes = torch.where(counted, target, 0).long()
         num_items = torch.where(counted, weight.detach()[classes].to(total.dtype), 0.0).sum()
@@ -248,6 +260,10 @@ def embedding(
     -----
     Signature and semantics of :func:`torch.nn.functional.embedding`.
     """
+    if type(weight) not in _PLAIN and _are_placed(weight, input):
+        from fastllm.distributed import dtensor
+
+        return dtensor.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if padding_idx is not None and type(padding_idx) is not int:
         padding_idx = _integer("embedding", "padding_idx", padding_idx)
     if type(scale_grad_by_freq) is not bool or type(sparse) is not bool:
@@ -481,6 +497,22 @@ def cross_entropy(
     if type(ignore_index) is not int:
         ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
     _check_numbers("cross_entropy", label_smoothing, lse_square_scale, softcap)
+    if type(input) not in _PLAIN and _are_placed(input):
+        from fastllm.distributed import dtensor
+
+        return dtensor.cross_entropy(
+            input,
+            target,
+            weight,
+            reduction,
+            num_items,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            softcap=softcap,
+            all_ignored=all_ignored,
+            inplace_backward=inplace_backward,
+        )
     if num_items is not None or all_ignored != "nan":
 
         def loss(reduction: str) -> Tensor:
@@ -578,6 +610,24 @@ def linear_cross_entropy(
     given; here -100 counts as not given.
     """
     op = "linear_cross_entropy"
+    if type(linear_weight) not in _PLAIN and _are_placed(linear_weight, input):
+        from fastllm.distributed import dtensor
+
+        return dtensor.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            weight,
+            _reduction_name(op, reduction),
+            num_items,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            softcap=softcap,
+            all_ignored=all_ignored,
+            shift=shift,
+        )
     if linear_weight.dim() != 2:
         _check_linear(input, linear_weight, linear_bias)  # else the compiled operation checks, or eager after this
     if reduction not in _REDUCTION_NAMES:
@@ -702,10 +752,8 @@ def log_probs(
     - ``argmax``, the lowest index of the largest z;
     - ``mean_logit``, the mean of z over the classes, and ``log_sum_sq_probs``, :math:`\log\sum_c p_c^2`.
 
-    The first four are differentiable, once, for any incoming gradients of any of them.
-
-    There is no fused kernel yet: PyTorch's operations serve every device, on a chunk of rows at a time, so that no second
-    tensor of the logits' size is held in forward. It saves memory, not time.
+    The first four are differentiable, for any incoming gradients of any of them. A row is read once in forward, whatever is
+    asked for, and once in backward; nothing else of the logits' size is held but their gradient.
 
     Parameters
     ----------
@@ -738,17 +786,19 @@ def log_probs(
         A batch size that does not match, ``softcap <= 0``, ``temperature <= 0``, a name in ``outputs`` that is no
         field, too many ``top_ids``.
     RuntimeError
-        Other shapes, dtypes or devices that do not match; a ``temperature`` that requires a gradient; a backend other
-        than ``"eager"`` asked for by name; a second derivative, or a transform of ``torch.func``.
+        Other shapes, dtypes or devices that do not match; a ``temperature`` that requires a gradient; a backend asked
+        for by name that cannot serve the call.
     """
     op = "log_probs"
     ignore_index, temperature = _check_log_probs(op, ignore_index, temperature, softcap, input, target)
-    check_eager(op, input, target)
     if input.dim() < 1:
         raise IndexError(f"{op}: input must have at least 1 dimension, got 0")
     if input.dtype not in DTYPES:
         raise NotImplementedError(f"{op}: input must be float32, float64, bfloat16 or float16, got {input.dtype}")
-    return _log_probs.apply(op, input, None, None, target, ignore_index, temperature, softcap, outputs, top_ids)
+    kernels = has_kernels(op, input, target, *map(_tensor_or_none, (top_ids, temperature)))
+    return _log_probs.apply(
+        kernels, op, input, None, None, target, ignore_index, temperature, softcap, outputs, top_ids
+    )
 
 
 def linear_log_probs(
@@ -765,9 +815,10 @@ def linear_log_probs(
 ) -> LogProbs:
     """``log_probs(linear(input, linear_weight, linear_bias), target, ...)`` without the N x V logits.
 
-    Logits exist for a chunk of rows at a time, in forward and, computed again, in backward: at most 80 MiB of them in the
-    dtype of sums, unless the environment variable ``FASTLLM_LOSS_WORKSPACE`` gives another number of bytes, and never
-    fewer than 64 rows. There is no fused kernel yet: PyTorch's operations serve every device. It saves memory, not time.
+    Logits exist for a chunk of rows at a time, in forward and, computed again, in backward: at most 80 MiB of them,
+    unless the environment variable ``FASTLLM_LOSS_WORKSPACE`` gives another number of bytes, and never
+    fewer than 64 rows. Backward multiplies once more than that of
+    :func:`linear_cross_entropy`, which knows its incoming gradient in forward.
 
     Parameters
     ----------
@@ -793,16 +844,34 @@ def linear_log_probs(
     not match.
     """
     op = "linear_log_probs"
+    if type(linear_weight) not in _PLAIN and _are_placed(linear_weight, input):
+        from fastllm.distributed import dtensor
+
+        return dtensor.linear_log_probs(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            temperature,
+            top_ids,
+            ignore_index=ignore_index,
+            softcap=softcap,
+            outputs=outputs,
+        )
     ignore_index, temperature = _check_log_probs(op, ignore_index, temperature, softcap, input, linear_weight, target)
-    check_eager(op, input, linear_weight, target, linear_bias)
     kind = input.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         input, linear_weight, linear_bias = (autocast_to(t, dtype, kind) for t in (input, linear_weight, linear_bias))
     check_linear(op, "input", input, "linear_weight", linear_weight, "linear_bias", linear_bias)
+    kernels = has_kernels(op, input, linear_weight, target, linear_bias, *map(_tensor_or_none, (top_ids, temperature)))
     return _log_probs.apply(
-        op, input, linear_weight, linear_bias, target, ignore_index, temperature, softcap, outputs, top_ids
+        kernels, op, input, linear_weight, linear_bias, target, ignore_index, temperature, softcap, outputs, top_ids
     )
+
+
+def _tensor_or_none(value: object) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
 
 
 def _check_log_probs(

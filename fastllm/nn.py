@@ -226,8 +226,7 @@ class LinearCrossEntropyLoss(nn.Module):
 class LinearLogProbs(nn.Module):
     """A classifier layer and per-token statistics of its logits, without these: :func:`fastllm.functional.linear_log_probs`.
 
-    The child ``linear`` holds the weight, ``(num_classes, in_features)``, and the bias. There is no fused kernel yet: the
-    layer saves memory, not time.
+    The child ``linear`` holds the weight, ``(num_classes, in_features)``, and the bias.
 
     Parameters
     ----------

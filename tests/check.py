@@ -1,7 +1,9 @@
-"""Static checks: ruff (lint and format), clang-format, and the rooms' rules of docs/architecture.md."""
+"""Static checks: ruff (lint and format), clang-format, mypy where it is installed, and the rooms' rules of
+docs/architecture.md."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -19,6 +21,13 @@ NATIVE = sorted(
 
 def command(*arguments: str | Path) -> bool:
     return subprocess.run([str(a) for a in arguments], cwd=ROOT).returncode == 0
+
+
+def types_fit() -> bool:
+    if importlib.util.find_spec("mypy") is None:
+        print("mypy: not installed, no types checked")
+        return True
+    return command(sys.executable, "-m", "mypy", "--cache-dir", ROOT / "build" / "mypy")
 
 
 def kernels_know_no_torch() -> bool:
@@ -43,6 +52,7 @@ def main() -> int:
         "ruff check": lambda: command(BIN / "ruff", "check", "."),
         "ruff format": lambda: command(BIN / "ruff", "format", "--check", "."),
         "clang-format": lambda: command(BIN / "clang-format", "--dry-run", "--Werror", *NATIVE),
+        "mypy": types_fit,
         "rooms": kernels_know_no_torch,
     }
     failed = [name for name, check in checks.items() if not check()]

@@ -36,6 +36,7 @@ INSTRUCTIONS = {
     "gemm_wgmma": {"sm_90a": [r"HGMMA\.64x256x16", r"UTMALDG\.2D", r"SYNCS\S*TRYWAIT", "USETMAXREG", WIDE[1]]},
     "linear_cross_entropy": dict.fromkeys(TARGETS, WIDE),
     "linear_relu": dict.fromkeys(TARGETS, WIDE),
+    "log_probs": dict.fromkeys(TARGETS, [*WIDE, r"MUFU\.EX2"]),
     "mse_loss": dict.fromkeys(TARGETS, WIDE),
 }
 

@@ -18,6 +18,7 @@ runs it, and pytest-xdist's processes where that is installed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -131,14 +132,10 @@ def run(command: Command, seconds: int, log: Path, failures: Path) -> tuple[str,
         except subprocess.TimeoutExpired:
             ended = f"FAILED (more than {seconds} s)"
             os.killpg(process.pid, signal.SIGINT)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=WAIT)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # it, or what it left
-        except ProcessLookupError:
-            pass
         process.wait()
     return ended, time.monotonic() - start
 

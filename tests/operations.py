@@ -359,6 +359,12 @@ def plain_calls() -> Iterator[tuple]:
             yield ops.cross_entropy_correct_, (g, logits, y, cw, softmax, reduction, *loss, torch.randn(3, 5))
             yield ops.mse_loss_correct_, (g, x, t, None, reduction, torch.randn(3, 4))
             yield ops.linear_cross_entropy_scale_, (g, torch.randn(5, 4))
+    tops, row = torch.tensor([[0, 4], [9, 9], [4, 4]]), torch.rand(3) + 0.5
+    for temperature, places in ((None, None), (row, tops)):
+        rows = (logits, y, temperature, places, -100, 1.0, 3.0)
+        yield ops.log_probs_rows_forward, (*rows, [True] * 6 + [places is not None])
+        incoming = (row, row, None, None if places is None else torch.rand(3, 2))
+        yield ops.log_probs_rows_backward_, (*incoming, torch.rand(3, 3), *rows, torch.randn(3, 5))
     yield ops.embedding, (ids, grad(head), -1, False, False)
     yield ops.embedding, (ids.view(1, 3), grad(head), 2, True, False)
     yield ops.embedding_forward, (head, ids)

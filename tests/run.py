@@ -8,6 +8,7 @@ the kernels' tests on it: a read or write outside a tensor ends the run. Further
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -64,7 +65,7 @@ def jobs(everything: bool, capabilities: list[str]) -> list[Job]:
     kernels = "(numbers or contract)" if everything else f"({RESULTS})"
     found = [
         Job("CPU: results", f"({RESULTS}){quick}", TWO_THREADS, 60),
-        Job("CPU: all else", f"not ({RESULTS}){quick}", ONE_THREAD, 120, parts=3),
+        Job("CPU: all else", f"not ({RESULTS}){quick}", ONE_THREAD, 160, parts=3),
         Job("CUDA kernels, emulated", f"{kernels}{quick}", EMULATED, 130, parts=3),
     ]
     # The nodes that serve without the extension: on the CPU's kernels, and as on a machine without a compiler.
@@ -173,10 +174,8 @@ class Running:
         self.failed += bool(self.ending)
 
     def kill(self) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def line(self) -> str:
         counts = f"{self.passed} passed, {self.failed} failed, {self.skipped.total()} skipped"

@@ -8,6 +8,7 @@ in a new process. ``python tests/shapes.py --cases 2000 --seed 1`` runs cases by
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import signal
@@ -92,12 +93,12 @@ class Drawn:
                 return sizes
 
     def _fits(self, sizes: tuple[int, ...]) -> bool:
-        limits, pairs = self.limits, zip(sizes, sizes[1:], strict=False)
-        if any(a * b > limits.items for a, b in pairs) or sizes[0] > limits.rows and self.op != "mse_loss":
+        limits, pairs = self.limits, itertools.pairwise(sizes)
+        if any(a * b > limits.items for a, b in pairs) or (sizes[0] > limits.rows and self.op != "mse_loss"):
             return False
         if self.op in ("mse_loss", "cross_entropy", "embedding"):
             return sizes[0] * sizes[-1] <= limits.items
-        products = zip(sizes[1:], sizes[2:], strict=False)
+        products = itertools.pairwise(sizes)
         return all(sizes[0] * a * b <= limits.products for a, b in products) and sizes[0] * sizes[-1] <= limits.items
 
     def _embedding_options(self) -> dict:

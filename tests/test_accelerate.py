@@ -152,7 +152,7 @@ def test_the_model_itself():
     layer = nn.Embedding(5, 3)
     report = fastllm.accelerate(layer)
     assert type(layer) is fastllm.Embedding and "(the model)  Embedding  fastllm.Embedding" in str(report)
-    with pytest.raises(TypeError, match="accelerate: model must be a torch.nn.Module, got list"):
+    with pytest.raises(TypeError, match=r"accelerate: model must be a torch.nn.Module, got list"):
         fastllm.accelerate([layer])
 
 
@@ -162,7 +162,7 @@ needs_extension = pytest.mark.skipif(fastllm.info()["built_with"] == "not built"
 
 
 @needs_extension
-@pytest.mark.parametrize("dropout, training", [(0.0, True), (0.5, True), (0.5, False)])
+@pytest.mark.parametrize(("dropout", "training"), [(0.0, True), (0.5, True), (0.5, False)])
 def test_dropout_between_layers(dropout, training):
     model = Words(dropout).net.train(training)
     reference = copy.deepcopy(model)
@@ -348,7 +348,9 @@ def test_layers_that_are_left_say_why():
     ]
     assert report.replaced == []
     assert_same(before, snapshot(model))
-    with pytest.raises(RuntimeError, match="accelerate: strict=True.*scaled .*Scaled.*: a subclass of Embedding.*norm"):
+    with pytest.raises(
+        RuntimeError, match=r"accelerate: strict=True.*scaled .*Scaled.*: a subclass of Embedding.*norm"
+    ):
         fastllm.accelerate(model, strict=True)
     assert fastllm.accelerate(model, embedding=False, losses=False, strict=True).left == []
 
@@ -369,7 +371,7 @@ def test_undo_after_something_else_changed_the_class():
     model = Words()
     report = fastllm.accelerate(model)
     nn.utils.parametrizations.weight_norm(model.words)
-    with pytest.raises(RuntimeError, match="undo: words was made a .*ParametrizedEmbedding after accelerate"):
+    with pytest.raises(RuntimeError, match=r"undo: words was made a .*ParametrizedEmbedding after accelerate"):
         report.undo()
     assert type(model.loss) is fastllm.CrossEntropyLoss  # nothing is undone by half
     nn.utils.parametrize.remove_parametrizations(model.words, "weight")
@@ -471,7 +473,7 @@ def test_nothing_of_transformers_is_imported(monkeypatch):
 
 
 def test_the_name_is_the_function():
-    import fastllm.acceleration  # noqa: F401 - must not hide the function
+    import fastllm.acceleration
 
     assert inspect.isfunction(fastllm.accelerate)
     assert list(inspect.signature(fastllm.accelerate).parameters) == [

@@ -1,6 +1,6 @@
 """fastllm.accelerate on Hugging Face models: random tiny configurations, nothing is downloaded.
 
-Not part of the quick suite: the families are many and transformers takes seconds to import.
+What compiles, and what starts processes, takes minutes and is marked ``slow``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import fastllm
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
 
-pytestmark = pytest.mark.slow
 VOCABULARY = 100
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {
@@ -290,7 +289,7 @@ def test_strict():
     model = opt()
     before = snapshot(model)
     with pytest.raises(
-        RuntimeError, match="embed_positions .*OPTLearnedPositionalEmbedding.*: a subclass of Embedding"
+        RuntimeError, match=r"embed_positions .*OPTLearnedPositionalEmbedding.*: a subclass of Embedding"
     ):
         fastllm.accelerate(model, strict=True)
     assert_same(before, snapshot(model))
@@ -587,6 +586,7 @@ def test_float16_sum_over_tokens_stays_finite():
 # --- other tools
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "t5", "bart", "bert", "granite"])
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_compile(family, fullgraph):
@@ -942,7 +942,8 @@ def two_processes(tmp_path_factory) -> list[str]:
     return [out + "\n" + error[-3000:] for out, error in outputs]
 
 
-@pytest.mark.parametrize("kind, family", PROCESSES)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "family"), PROCESSES)
 def test_two_processes(kind, family, two_processes):
     for output in two_processes:
         assert f"{kind}|{family}|agree" in output, output
@@ -950,11 +951,11 @@ def test_two_processes(kind, family, two_processes):
 
 def test_documented_report():
     text = (Path(__file__).parent.parent / "docs" / "accelerate.md").read_text()
-    code = text.split("```python\nconfig = ")[1].split("```")[0]
+    code = text.split("```python\nimport transformers\n")[1].split("```")[0]
     expected = text.split("<!-- report: begin -->\n```\n")[1].split("\n```\n<!-- report: end -->")[0]
     printed = []
     exec(
-        "config = " + code,
+        code,
         {"transformers": transformers, "fastllm": fastllm, "print": lambda x: printed.append(str(x))},
     )
     assert printed == [expected]

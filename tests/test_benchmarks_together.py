@@ -288,7 +288,7 @@ GOOD = {"seconds": {}}
 
 
 @pytest.mark.parametrize(
-    "first, dropped, excluded, failed",
+    ("first", "dropped", "excluded", "failed"),
     [
         ([{"at": [7, "Liger", "its first call"]}, -11], {"Liger"}, set(), set()),
         ([{"at": [7, "CCE", "its first call"]}, "hangs"], {"CCE"}, set(), set()),

@@ -55,7 +55,7 @@ def test_round_trip(path):
 
 
 def test_what_is_no_checkpoint(tmp_path, path):
-    with pytest.raises(ValueError, match="cannot read the checkpoint .*absent"):
+    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*absent"):
         checkpoint.read(tmp_path / "absent")
     with pytest.raises(ValueError, match="cannot read the checkpoint"):
         checkpoint.read(tmp_path)
@@ -134,7 +134,7 @@ assert os.listdir(folder) == ["c"] and checkpoint.read(folder / "c").step == 10
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="cannot write the checkpoint .*: File exists"):
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*: File exists"):
         checkpoint.write(tmp_path / "file" / "c", example())
 
 

@@ -189,7 +189,7 @@ def test_gradient_of_class_weights(reduction):
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours.sum(), [x, w]), torch.autograd.grad(theirs.sum(), [x, w]), strict=True):
         torch.testing.assert_close(a, b)
-    with pytest.raises(RuntimeError, match="^cross_entropy: weight must not require a gradient"):
+    with pytest.raises(RuntimeError, match=r"^cross_entropy: weight must not require a gradient"):
         F.cross_entropy(x, q.argmax(1), w)
 
 
@@ -335,7 +335,7 @@ class TestInplaceBackward:
         y = torch.full(logits.shape[:1] if logits.dim() == 2 else logits.shape[2:] if logits.dim() == 1 else (1, 3), 99)
         with fastllm.use_backend(backend) if backend else contextlib.nullcontext():
             with pytest.raises(
-                RuntimeError, match="^cross_entropy: input must be logits of your own for inplace_backward"
+                RuntimeError, match=r"^cross_entropy: input must be logits of your own for inplace_backward"
             ):
                 F.cross_entropy(logits, y, inplace_backward=True)
             with pytest.raises(RuntimeError, match="inplace_backward"):

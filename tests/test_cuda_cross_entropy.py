@@ -17,7 +17,7 @@ import fastllm.functional as F
 if os.environ.get("FASTLLM_CUDA_HOST") != "1":
     pytest.skip("needs the host build: FASTLLM_CUDA_HOST=1", allow_module_level=True)
 
-import cuda_host  # noqa: E402
+import cuda_host
 
 pytestmark = pytest.mark.numbers
 
@@ -132,31 +132,52 @@ def test_gradient_over_the_logits(dtype, classes):
             assert torch.equal(x._base[:, classes + 1 :], around[:, classes + 1 :])
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize(
-    "row",
-    [
-        [-INF] * 37,
-        [-INF] * 30 + [3.0, -INF, 1.0] + [-INF] * 4,
-        [INF] + [0.0] * 36,
-        [0.0] * 36 + [NAN],
-        [1e4, -1e4, 0.0, 9999.0, 1.0] + [9990.0] * 32,
-        [1e30, 1e30] + [-1e30] * 35,
-        [-200.0] * 36 + [-210.0],
-        [3e38] + [1e38] * 36,
-    ],
-    ids=lambda row: str(row[:1] + row[-1:]),
-)
-def test_special_rows(strategy, row, reduction):
-    x = torch.tensor([[0.1] * 37, row])
+# Of 37 logits: what float32, bfloat16 and float16 cannot tell apart by sums of differences, and what has no softmax.
+SPECIAL = [
+    [-INF] * 37,
+    [-INF] * 30 + [3.0, -INF, 1.0] + [-INF] * 4,
+    [INF] + [0.0] * 36,
+    [0.0] * 36 + [NAN],
+    [NAN] * 37,
+    [1e4, -1e4, 0.0, 9999.0, 1.0] + [9990.0] * 32,
+    [88.0] + [0.0] * 36,
+    [-200.0] * 36 + [-210.0],
+    [65000.0] + [64000.0] * 36,
+    [-65000.0] * 37,
+    [2.0**19, 2.0**19 - 2048] + [5.0] * 35,
+    [2.0**20] * 3 + [0.0] * 34,  # from here on the maximum is taken off before the exponentials
+    [-(2.0**20)] * 37,
+    [2.0**21 - 3, 2.0**21, -3e38] + [2.0**21 - 1] * 34,
+    [1e30, 1e30] + [-1e30] * 35,
+    [3e38] + [1e38] * 36,
+    [-3e38] * 37,
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("row", SPECIAL, ids=lambda row: str(row[:1] + row[-1:]))
+def test_special_rows(strategy, row, dtype):
+    """Over any number of threads that hold part of the row: some hold nothing."""
+    x = torch.tensor([[0.1] * 37, row]).to(dtype)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     for y in ([1, 36], [36, 0], [-100, 4]):
-        for smoothing in (0.0, 0.1):
+        for reduction, smoothing in (("sum", 0.0), ("none", 0.0), ("sum", 0.1)):
             options = {"reduction": reduction, "label_smoothing": smoothing}
             ours = gradient(F.cross_entropy, x, torch.tensor(y), **options)
             # PyTorch's own float32 sum overflows where ours does not: the truth is taken in float64.
             theirs = gradient(TF.cross_entropy, x.double(), torch.tensor(y), **options)
             for a, b in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(a, b.float(), equal_nan=True)
+                torch.testing.assert_close(a, b.to(dtype), equal_nan=True, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4, 6e4])
+def test_rows_around_a_large_number(monkeypatch, dtype, offset):
+    """The maximum's rounding times log2(e) is the same factor for all exponentials of a thread's warp."""
+    monkeypatch.setenv("FASTLLM_CUDA_STRATEGY", "row")
+    x = torch.randn(4, 3000) * 3 + offset
+    x[1, 7] = offset + 30  # a class that is certain
+    check(x.to(dtype).requires_grad_(), torch.tensor([1, 7, 2, 3]), reduction="sum")
 
 
 @LOW_AND_HIGH
@@ -173,7 +194,7 @@ def test_ignored_rows_are_not_read(strategy, dtype):
 
 
 @pytest.mark.parametrize(
-    "kind, smoothing, z, cap, weighted",
+    ("kind", "smoothing", "z", "cap", "weighted"),
     [
         ("int64", 0.1, 0.0, None, False),
         ("int32", 0.0, 1e-2, None, True),
@@ -316,7 +337,7 @@ def test_bad_input(monkeypatch):
 PLANTED = {
     "a missing barrier of the cluster": (
         "cross_entropy_softmax.cuh",
-        "s);\n  sync_cluster();",
+        "s);\n    sync_cluster();",
         "s);",
     ),
     "an off-by-one at the tail": (

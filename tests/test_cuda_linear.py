@@ -15,7 +15,7 @@ import fastllm.functional as F
 if os.environ.get("FASTLLM_CUDA_HOST") != "1":
     pytest.skip("needs the host build: FASTLLM_CUDA_HOST=1", allow_module_level=True)
 
-import cuda_host  # noqa: E402
+import cuda_host
 
 pytestmark = pytest.mark.numbers
 

@@ -81,7 +81,7 @@ def test_few_ids_and_many(options, dtype):
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32], ids=str)
-@pytest.mark.parametrize("rows, features", [(1, 1), (7, 10), (100, 16), (200, 37), (250, 129)])
+@pytest.mark.parametrize(("rows", "features"), [(1, 1), (7, 10), (100, 16), (200, 37), (250, 129)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_ids_of_a_small_table(dtype, rows, features, ids_dtype):
     """A table that fits in a cache is summed without sorting: one id holds most positions, some rows none."""
@@ -114,7 +114,7 @@ def test_few_ids_of_a_table_beyond_the_caches(dtype):
 
 
 checked = pytest.mark.skipif(
-    DEVICE == "cuda" and os.environ.get("FASTLLM_CHECK") != "1" or os.environ.get("FASTLLM_BACKEND") == "eager",
+    (DEVICE == "cuda" and os.environ.get("FASTLLM_CHECK") != "1") or os.environ.get("FASTLLM_BACKEND") == "eager",
     reason="PyTorch's own kernel stops the device",
 )
 

@@ -126,7 +126,9 @@ def reference_mlp(x, w1, b1, w2, b2):
 
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("m, h, k, n", [(1, 64, 64, 8), (100, 520, 264, 72), (5000, 3000, 776, 760), (4096,) * 4])
+@pytest.mark.parametrize(
+    ("m", "h", "k", "n"), [(1, 64, 64, 8), (100, 520, 264, 72), (5000, 3000, 776, 760), (4096,) * 4]
+)
 def test_products_with_an_epilogue(way, dtype, m, h, k, n):
     torch.manual_seed(0)
     shapes = [(m, k), (h, k), (h,), (n, h), (n,)]
@@ -149,7 +151,7 @@ def test_relu_of_nan(way):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("m, n, k", [(130, 96, 64), (1, 96, 64), (33, 200, 100), (64, 97, 64), (64, 96, 65)])
+@pytest.mark.parametrize(("m", "n", "k"), [(130, 96, 64), (1, 96, 64), (33, 200, 100), (64, 97, 64), (64, 96, 65)])
 def test_nan_goes_through_by_default(m, n, k, dtype):
     """Sizes at which a library's ReLU epilogue made NaN 0 among them."""
     x, w, b = (torch.randn(s).to(dtype) for s in [(m, k), (n, k), (n,)])

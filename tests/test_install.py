@@ -572,7 +572,7 @@ def test_compiler_of_several_words(monkeypatch):
 
 def test_python_headers(monkeypatch, tmp_path):
     monkeypatch.setattr(toolchain.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    with pytest.raises(toolchain.CannotBuild, match="Python's headers were not found in .*python3-dev"):
+    with pytest.raises(toolchain.CannotBuild, match=r"Python's headers were not found in .*python3-dev"):
         toolchain.find_python_headers()
 
 

@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import drawn
+from helpers import cpu_kernels, drawn
 
 import fastllm
 import fastllm.functional as F
-from fastllm.log_probs import DIFFERENTIABLE, FIELDS
+from fastllm.operations.log_probs import DIFFERENTIABLE, FIELDS
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("FASTLLM_BACKEND", "auto") not in ("auto", "eager"), reason="served by the eager backend alone"
+BACKEND = fastllm.backends.TABLE.get(os.environ.get("FASTLLM_BACKEND", "auto"))
+pytestmark = [
+    pytest.mark.numbers,
+    pytest.mark.skipif(BACKEND is not None and "log_probs" not in BACKEND.operations, reason="it has no log_probs"),
+]
+KERNELS = fastllm.backends.TABLE["cpu"].missing is None
+kernels = pytest.mark.skipif(
+    not KERNELS or os.environ.get("FASTLLM_BACKEND") == "eager", reason="about the kernels and their walk over chunks"
 )
 
 ALL = FIELDS[:-1]
@@ -247,9 +253,23 @@ def test_minus_infinity_under_a_cap_and_not_a_number():
     assert got.log_prob[1].isnan() and got.log_prob[2].isfinite()
 
 
-def test_argmax_is_the_lowest_index():
-    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
-    assert F.log_probs(logits, torch.tensor([0, 0]), outputs=("argmax",)).argmax.tolist() == [1, 0]
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_argmax_is_the_lowest_index(dtype):
+    """NaN is the largest, as for torch.argmax."""
+    logits = torch.zeros(9, 5000, dtype=dtype)
+    logits[0, [3, 9, 4000]] = 3.0
+    logits[1] = 2.0
+    logits[2, 4999] = 1.0
+    logits[3] = -torch.inf
+    logits[4] = -torch.inf
+    logits[4, 4321] = -7.0
+    logits[5, [70, 2000]] = torch.nan
+    logits[6, 3000], logits[6, 4000] = torch.inf, torch.nan
+    logits[7, [1500, 1600]] = torch.inf
+    logits[8, 2000:2100] = 1.0
+    for temperature in (1.0, 0.3):
+        got = F.log_probs(logits, torch.zeros(9).long(), outputs=("argmax",), temperature=temperature).argmax
+        assert got.tolist() == [3, 0, 4999, 0, 4321, 70, 4000, 1500, 2000] == logits.argmax(1).tolist()
 
 
 @pytest.mark.parametrize("frozen", range(1, 8))
@@ -262,6 +282,7 @@ def test_frozen_inputs(frozen):
         assert not linear_call(*tensors, target).log_prob.requires_grad
 
 
+@kernels
 def test_a_frozen_weight_costs_no_product():
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -288,21 +309,71 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(fields, tensors)
 
 
-def test_second_derivatives_are_refused():
-    logits = torch.randn(3, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(
-        F.log_probs(logits, torch.tensor([0, 1, 2])).log_prob.sum(), logits, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="log_probs.*second derivatives are not implemented"):
-        grad.square().sum().backward()
+def fields_of(call, names, target, **options):
+    """``call``'s differentiable fields as a function of its tensors."""
+
+    def fields(*tensors):
+        got = call(*tensors, target, outputs=[n for n in names if n != "top_log_prob"], **options)
+        return tuple(getattr(got, name) for name in names)
+
+    return fields
 
 
-def test_transforms_are_refused():
-    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
-    with pytest.raises(RuntimeError, match=r"log_probs: torch\.func"):
-        torch.func.grad(lambda x: F.log_probs(x, y).log_prob.sum())(x)
-    with pytest.raises(RuntimeError, match=r"log_probs: torch\.func"):
-        torch.func.jvp(lambda x: F.log_probs(x, y).log_prob, (x,), (x,))
+def test_second_derivatives():
+    tensors, target = inputs((4,), 3, 5, torch.float64)
+    target[2] = -100
+    ids = torch.randint(5, (4, 2))
+    for options in ({"softcap": 3.0, "temperature": 0.7}, {"temperature": torch.rand(4) + 0.5}):
+        fields = fields_of(linear_call, DIFFERENTIABLE, target, top_ids=ids, **options)
+        assert torch.autograd.gradgradcheck(fields, tensors)
+        fields = fields_of(plain_call, DIFFERENTIABLE, target, top_ids=ids, **options)
+        assert torch.autograd.gradgradcheck(fields, [torch.randn(4, 5, dtype=torch.float64, requires_grad=True)])
+
+
+@pytest.mark.contract
+def test_transforms():
+    """torch.func and forward-mode derivatives take the definition."""
+    x, y = torch.randn(3, 4, requires_grad=True), torch.tensor([0, 1, -100])
+
+    def loss(x):
+        got = F.log_probs(x, y, outputs=("log_prob", "entropy"))
+        return (got.log_prob + 2 * got.entropy).sum()
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+    tangent = torch.randn(3, 4)
+    _, found = torch.func.jvp(loss, (x.detach(),), (tangent,))
+    torch.testing.assert_close(found, (expected * tangent).sum())
+    stacked = torch.randn(2, 3, 4)
+    batched = torch.vmap(lambda x: F.log_probs(x, y).log_prob)(stacked)
+    torch.testing.assert_close(batched, torch.stack([F.log_probs(x, y).log_prob for x in stacked]))
+
+
+def test_two_backwards_agree(small_chunks):
+    tensors, target = inputs((100,), 6, 9)
+    fields = fields_of(linear_call, DIFFERENTIABLE, target, top_ids=target[:, None])(*tensors)
+    incoming = [drawn(f, i) for i, f in enumerate(fields)]
+    first = torch.autograd.grad(fields, tensors, incoming, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.fill_(7.0)
+    again = torch.autograd.grad(fields, tensors, incoming, retain_graph=True)
+    other = torch.autograd.grad(fields, tensors, [3 * g for g in incoming])
+    for a, b, c in zip(kept, again, other, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(3 * a, c)
+
+
+@kernels
+@pytest.mark.contract
+def test_changed_inputs_are_told():
+    tensors, target = inputs((5,), 3, 4)
+    for changed in range(3):
+        got = linear_call(*tensors, target)
+        with torch.no_grad():
+            tensors[changed].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            got.log_prob.sum().backward()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -330,16 +401,29 @@ def test_compile(dynamic):
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.contract
+@pytest.mark.skipif(not KERNELS, reason="no kernels here")
 def test_opcheck():
     (x, w, b), target = inputs((5,), 4, 6)
-    asked = [True] * len(FIELDS)
-    arguments = (x.detach(), w.detach(), b.detach(), target, None, torch.randint(6, (5, 2)), -100, 0.7, 2.0)
-    forward, backward = torch.ops.fastllm.log_probs_forward.default, torch.ops.fastllm.log_probs_backward.default
-    torch.library.opcheck(forward, (*arguments, asked))
-    saved = forward(*arguments, asked)[-1]
+    target[1] = -100
+    ops, asked = torch.ops.fastllm, [True] * len(FIELDS)
+    options = (-100, 0.7, 2.0)
+    arguments = (x.detach(), w.detach(), b.detach(), target, None, torch.randint(6, (5, 2)), *options)
+    torch.library.opcheck(ops.log_probs_forward.default, (*arguments, asked))
+    *_, saved = ops.log_probs_forward(*arguments, asked)
     incoming = (torch.randn(5), torch.randn(5), None, torch.randn(5, 2), saved)
     for needs in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(backward, (*incoming, *arguments, *needs))
+        torch.library.opcheck(ops.log_probs_backward.default, (*incoming, *arguments, *needs))
+    logits, ids = torch.randn(5, 6), torch.randint(6, (5, 2))
+    for temperature in (None, torch.rand(5) + 0.5):
+        rows = (logits, target, temperature, ids, *options)
+        torch.library.opcheck(ops.log_probs_rows_forward.default, (*rows, asked))
+        torch.library.opcheck(ops.log_probs_rows_backward_.default, (*incoming, *rows, torch.empty(5, 6)))
+        plain = (logits, None, None, *rows[1:])
+        torch.library.opcheck(ops.log_probs_forward.default, (*plain, asked))
+        torch.library.opcheck(ops.log_probs_backward.default, (*incoming, *plain, True, False, False))
+    with pytest.raises(RuntimeError, match="not implemented"):  # a kernel operation has no derivative of its own
+        ops.log_probs_forward(x.detach().requires_grad_(), *arguments[1:], asked)[0].sum().backward()
 
 
 def test_autocast():
@@ -360,6 +444,8 @@ def test_autocast():
     assert double.log_prob.dtype == torch.float64
 
 
+@cpu_kernels
+@kernels
 def test_logits_are_never_held(small_chunks):
     (x, w, b), target = inputs((1024,), 8, 40)
 
@@ -390,6 +476,32 @@ def test_repeated_calls_give_the_same_bits(small_chunks):
     assert all(torch.equal(a, b) for a, b in zip(step(), step(), strict=True))
 
 
+@cpu_kernels
+@kernels
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_row_has_the_same_bits_in_any_batch(dtype):
+    """Alone or among others, wherever it starts in memory, by one thread or two."""
+
+    def results(logits, target, ids):
+        logits = logits.detach().requires_grad_()
+        fields = fields_of(plain_call, DIFFERENTIABLE, target, top_ids=ids, temperature=0.7)(logits)
+        return [*fields, *torch.autograd.grad([f.sum() for f in fields], logits)]
+
+    logits, target, ids = torch.randn(67, 3001).to(dtype), torch.arange(67), torch.randint(3001, (67, 3))
+    alone = [
+        torch.cat(r)
+        for r in zip(*(results(logits[i : i + 1], target[i : i + 1], ids[i : i + 1]) for i in range(67)), strict=True)
+    ]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for rows in (logits, torch.cat([logits[:, :5], logits], 1)[:, 5:]):
+                assert all(torch.equal(a, b) for a, b in zip(results(rows, target, ids), alone, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
 IDS = torch.tensor([[0], [-1], [2]])
 X, Y, W = torch.randn(3, 4), torch.tensor([0, 1, 2]), torch.randn(5, 4)
 WRONG = [
@@ -405,7 +517,7 @@ WRONG = [
     (TypeError, "ignore_index must be int, got 1.5", (X, Y), {"ignore_index": 1.5}),
     (TypeError, "temperature must be float, got 'hot'", (X, Y), {"temperature": "hot"}),
     (ValueError, "temperature must be positive, got 0", (X, Y), {"temperature": 0}),
-    (ValueError, "temperature must be positive, got -1.0 at position 0", (X, Y), {"temperature": Y - torch.ones(3)}),
+    (ValueError, r"temperature must be positive, got -1(\.0)? at position 0", (X, Y), {"temperature": Y - torch.ones(3)}),
     (RuntimeError, r"temperature must be a number or of target's shape \[3\], got \[\]", (X, Y), {"temperature": X[0, 0]}),
     (RuntimeError, "temperature must be floating point, got a tensor of torch.int64", (X, Y), {"temperature": Y}),
     (RuntimeError, "temperature must not require a gradient", (X, Y), {"temperature": torch.ones(3, requires_grad=True)}),
@@ -441,16 +553,43 @@ def test_wrong_layer(message, arguments, options):
         F.linear_log_probs(*arguments, **options)
 
 
+@pytest.mark.contract
 def test_backends():
-    with fastllm.use_backend("eager"):
-        got = F.log_probs(X, Y).log_prob
-    assert torch.equal(got, F.log_probs(X, Y).log_prob)
-    if fastllm.backends.TABLE["cpu"].missing is None:
-        with fastllm.use_backend("cpu"):
-            with pytest.raises(RuntimeError, match="linear_log_probs: backend 'cpu' cannot serve.*'eager' alone"):
+    served = fastllm.info()["operations"]
+    assert served["log_probs"] == served["linear_log_probs"]
+    assert served["log_probs"].startswith("CPU tensors: cpu" if KERNELS else "CPU tensors: ")
+    for name in fastllm.backends.TABLE:
+        backend = fastllm.backends.TABLE[name]
+        if backend.missing is not None:
+            continue
+        with fastllm.use_backend(name):
+            if backend.refusal("log_probs", X) is None:
+                torch.testing.assert_close(F.log_probs(X, Y).log_prob, definition(X, Y)["log_prob"])
                 F.linear_log_probs(X, W, Y)
-            with pytest.raises(RuntimeError, match="log_probs: backend 'cpu' cannot serve.*'eager' alone"):
+                continue
+            with pytest.raises(RuntimeError, match=f"^linear_log_probs: backend '{name}' cannot serve this call: it "):
+                F.linear_log_probs(X, W, Y)
+            with pytest.raises(RuntimeError, match=f"^log_probs: backend '{name}' cannot serve this call: it "):
                 F.log_probs(X, Y)
+
+
+@pytest.mark.contract
+@pytest.mark.skipif(not KERNELS, reason="no kernels here")
+@pytest.mark.parametrize("name", ["cpu", "eager"])
+def test_backward_keeps_the_backend_of_its_forward(name, monkeypatch):
+    chosen = []
+    call = torch.ops.fastllm.log_probs_backward
+    monkeypatch.setattr(
+        torch.ops.fastllm, "log_probs_backward", lambda *a: (chosen.append(fastllm.backends.get_backend()), call(*a))[1]
+    )
+    x = X.clone().requires_grad_()
+    with fastllm.use_backend(name):
+        got = F.log_probs(x, Y)
+    with fastllm.use_backend("eager" if name == "cpu" else "cpu"):
+        before = fastllm.backends.get_backend()
+        got.log_prob.sum().backward()
+        assert fastllm.backends.get_backend() == before
+    assert chosen == ([] if name == "eager" else [name])
 
 
 def test_layer():

@@ -30,7 +30,7 @@ def opinfo(name):
 def _call(function, name, sample):
     def run(*tensors):
         args = list(tensors)
-        first, rest = args[0], [a if isinstance(a, torch.Tensor) else a for a in args[1:]]
+        first, rest = args[0], args[1:]
         # OpInfo gives embedding's table first.
         if name == "nn.functional.embedding":
             return function(rest[0], first, *rest[1:], **sample.kwargs)

@@ -23,7 +23,13 @@ TESTS = Path(__file__).resolve().parent
 NEEDED = {
     "triton": ("test_triton.py", "test_triton_aot.py"),
     "transformers": ("test_accelerate_families.py",),
-    "tokenizers": ("test_tokenizer.py", "test_training.py", "test_checkpoint.py", "test_train.py"),
+    "tokenizers": (
+        "test_tokenizer.py",
+        "test_training.py",
+        "test_checkpoint.py",
+        "test_train.py",
+        "test_train_processes.py",
+    ),
 }
 ABSENT = (file for package, files in NEEDED.items() if importlib.util.find_spec(package) is None for file in files)
 ELSEWHERE = ("test_gpu.py", *ABSENT)
@@ -130,6 +136,8 @@ LEAST = {
     "test_embedding.py": (80, 16),
     "test_linear_cross_entropy.py": (50, 1),
     "test_linear_relu.py": (10, 2),
+    "test_log_probs.py": (40, 6),
+    "test_log_probs_rows.py": (80, 20),
     "test_mse_loss.py": (12, 1),
     "test_opinfo.py": (12, 3),
     "test_relu_mlp.py": (4, 1),

@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
 
-from fastllm.lm import data  # noqa: E402
-from fastllm.lm import tokenizer as tokenizer_module  # noqa: E402
-from fastllm.lm.tokenizer import KINDS, Tokenizer, _blocks  # noqa: E402
+from fastllm.lm import data
+from fastllm.lm import tokenizer as tokenizer_module
+from fastllm.lm.tokenizer import KINDS, Tokenizer, _blocks
 
 TEXT = "the cat sat on the mat; the cat ate the rat. " * 30 + "Ünïcödé 日本語 🙂\n\t x_1 = 2**3\n"
 

@@ -18,9 +18,9 @@ from helpers import run_python
 pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
 pytest.importorskip("safetensors", reason="the package safetensors is not installed")
 
-from fastllm.lm import checkpoint, records, run  # noqa: E402
-from fastllm.lm.cli import main  # noqa: E402
-from fastllm.lm.training import Trainer  # noqa: E402
+from fastllm.lm import checkpoint, records, run
+from fastllm.lm.cli import main
+from fastllm.lm.training import Trainer
 
 SMALL = (
     "--batch-size 4 --sequence-length 8 --vocab-size 280 --width 16 --hidden 32 --warmup 5 --learning-rate 0.02".split()

@@ -9,10 +9,10 @@ import torch
 pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
 pytest.importorskip("safetensors", reason="the package safetensors is not installed")
 
-from fastllm.lm import checkpoint, costs, data, records  # noqa: E402
-from fastllm.lm.options import Options  # noqa: E402
-from fastllm.lm.training import Trainer, compare_with_eager, mean_loss  # noqa: E402
-from fastllm.models import MLPLanguageModel  # noqa: E402
+from fastllm.lm import checkpoint, costs, data, records
+from fastllm.lm.options import Options
+from fastllm.lm.training import Trainer, compare_with_eager, mean_loss
+from fastllm.models import MLPLanguageModel
 
 IDS = np.tile(np.arange(30, dtype=np.uint16), 60)
 SIZES = {

@@ -17,10 +17,10 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
 
-import triton as language  # noqa: E402
-import triton.language as tl  # noqa: E402
+import triton as language
+import triton.language as tl
 
-from fastllm.triton.cross_entropy import _row_start  # noqa: E402
+from fastllm.triton.cross_entropy import _row_start
 
 pytestmark = pytest.mark.numbers
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.numbers
 @language.jit
 def _starts(out, stride, base, classes, VEC: tl.constexpr):
     row = tl.program_id(0)
-    start, head, groups = _row_start(row, stride, base, classes, VEC)
+    _start, head, groups = _row_start(row, stride, base, classes, VEC)
     tl.store(out + row * 2, head)
     tl.store(out + row * 2 + 1, groups)
 
@@ -41,11 +41,15 @@ def chosen():
 
 def test_every_plain_operation_has_a_launcher():
     schemas = {s.name.split("::")[1] for s in torch._C._jit_get_all_schemas() if s.name.startswith("fastllm_triton::")}
-    assert schemas == {kernel.name for kernel in operations.KERNELS}
+    assert schemas == {kernel.name for kernel in operations.KERNELS if kernel.function is None}
     for operation in operations.OPERATIONS:
+        if operation.name in fastllm.triton.WITHOUT_LAUNCHERS:
+            continue
         module = importlib.import_module(f"fastllm.triton.{operation.name}")
         for kernel in operation.kernels:
-            assert callable(getattr(module, kernel.name.removeprefix(f"{operation.name}_")))
+            assert kernel.function is not None or callable(
+                getattr(module, kernel.name.removeprefix(f"{operation.name}_"))
+            )
 
 
 def test_the_kernels_serve_the_call(monkeypatch):

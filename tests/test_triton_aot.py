@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
-import triton_aot  # noqa: E402
+import triton_aot
 
 ROOT = Path(__file__).resolve().parent.parent
 

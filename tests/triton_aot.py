@@ -23,9 +23,19 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastllm.triton import common, cross_entropy, embedding, gemm, linear_cross_entropy, linear_relu, mse_loss, relu_mlp
+from fastllm.triton import (
+    common,
+    cross_entropy,
+    embedding,
+    gemm,
+    linear_cross_entropy,
+    linear_relu,
+    log_probs,
+    mse_loss,
+    relu_mlp,
+)
 
-MODULES = (cross_entropy, embedding, gemm, linear_cross_entropy, linear_relu, mse_loss, relu_mlp)
+MODULES = (cross_entropy, embedding, gemm, linear_cross_entropy, linear_relu, log_probs, mse_loss, relu_mlp)
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), ("cuda", 8)),
     "sm_90": (GPUTarget("cuda", 90, 32), ("cuda", 9)),
@@ -94,7 +104,7 @@ def source_of(launch: Launch) -> ASTSource:
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
-            if value.data_ptr() % 16 == 0:
+            if value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             if value == 1 and not parameter.do_not_specialize:
@@ -184,6 +194,22 @@ def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "every option, none", lambda: cross_entropy.backward(softmax[0], logits, y, w, softmax, 0, *full)
     yield "probabilities", lambda: cross_entropy.forward(logits, logits, w, 1, *full, True)
     yield "loss alone", lambda: linear_cross_entropy.scale_(softmax[0, 0], x(64, 64))
+    for classes, every in ((128256, False), (50257, False), (128256, True), (50257, True)):
+        logits, ids, g = (
+            x(16, classes),
+            torch.zeros(16, 64 if every else 0, dtype=torch.int64),
+            torch.empty(16, dtype=acc),
+        )
+        rows = (logits, y, g if every else None, ids, -100, 1.0, 30.0 if every else None)
+        asked = [True] * 7 if every else [True, True, *[False] * 5]
+        incoming = (g, g, g, torch.empty(ids.shape, dtype=acc)) if every else (g, g, None, None)
+        case = f"log_probs, V {classes}, {'every option' if every else 'log_prob and entropy'}"
+        yield case, lambda r=rows, a=asked: log_probs.rows_forward(*r, a)
+        yield case, lambda r=rows, i=incoming: log_probs.rows_backward_(*i, torch.empty(3, 16, dtype=acc), *r, r[0])
+    yield "log_probs, most ids", lambda: log_probs.rows_backward_(
+        None, None, None, torch.empty(16, 1024, dtype=acc), torch.empty(3, 16, dtype=acc), logits, y, None,
+        torch.zeros(16, 1024, dtype=torch.int64), -100, 1.0, None, logits,
+    )  # fmt: skip
     table, ids = x(1000, 768), torch.zeros(4096, dtype=torch.int64)
     yield "768 features", lambda: embedding.forward(table, ids)
     yield "768 features", lambda: embedding.backward(x(4096, 768), ids, 1000, -1, True)

@@ -19,8 +19,6 @@ template <class T>
 using Acc = typename AccOf<T>::type;  // in which sums of T are kept
 
 constexpr int kWarp = 32;
-template <class T>
-constexpr int kVec = 16 / static_cast<int>(sizeof(T));  // items of a 16-byte access
 
 template <class T>
 FASTLLM_DEVICE Acc<T> load_acc(const T* p) {
@@ -46,7 +44,7 @@ struct Sum {
 struct Max {  // NaN is dropped: sums carry it
   template <class A>
   FASTLLM_DEVICE A operator()(A a, A b) const {
-    return a > b ? a : b;
+    return greater_of(a, b);
   }
 };
 
@@ -76,6 +74,13 @@ FASTLLM_DEVICE A reduce_block(A value, A identity, Op op, A* scratch) {
 template <class T>
 FASTLLM_DEVICE int64_t items_to_boundary(const T* p) {
   return static_cast<int64_t>((16 - reinterpret_cast<uintptr_t>(p) % 16) % 16 / sizeof(T));
+}
+
+// The largest power of two, at most 16, that divides how far rows of `other` lie from rows of `p`, in bytes.
+inline int common_width(const void* p, int64_t p_bytes, const void* other, int64_t other_bytes) {
+  const uint64_t apart = (reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(other)) |
+                         static_cast<uint64_t>(p_bytes - other_bytes) | 16;
+  return static_cast<int>(apart & -apart);
 }
 
 // --- launch -----------------------------------------------------------------------------------------------------

@@ -9,17 +9,12 @@
 //
 // Sums are taken in float32 (float64 for float64), thread by thread, then in a fixed order: the same bits every time.
 #include "cross_entropy.h"
-#include "cross_entropy_softmax.cuh"
+#include "cross_entropy_held.cuh"
 
 namespace fastllm::cuda {
 namespace {
 
 // Threads of a block, at most, and blocks that a multiprocessor, with its 65536 registers, runs side by side.
-template <class T, bool general>
-constexpr bool kLean = !general && sizeof(T) < 8;
-constexpr int kHoldingThreads = 512;
-template <class T, bool general>
-constexpr int kHoldingBlocks = kLean<T, general> ? 2 : 1;
 constexpr int kThreads = 256;
 template <class T, bool general, bool with_grad>
 constexpr int kStreamingBlocks = !kLean<T, general> ? 2
@@ -27,28 +22,6 @@ constexpr int kStreamingBlocks = !kLean<T, general> ? 2
                                                     : 5;
 template <class T, bool general>
 constexpr int kBackwardBlocks = kLean<T, general> ? 3 : 2;
-
-// Groups of a row that a thread holds: 32 logits as float32, or 16 as float64.
-template <class T>
-constexpr int kHeld = (sizeof(T) == 8 ? 16 : 32) / kVec<T>;
-
-// Writes a row's loss and statistics; the slope of its gradient. z: the logit of its class.
-template <bool general, class T>
-FASTLLM_DEVICE Slope<Acc<T> > finish_row(const Rows<T>& r, const Row<T>& row, Stats<Acc<T> > s, Acc<T> z, bool writes) {
-  using A = Acc<T>;
-  // A row of -inf alone has no distribution.
-  if (s.max == -kInfinity<A>) s.sum = kNaN<A>;
-  const A log_sum = std::log(s.sum), lse = s.max + log_sum;
-  if (writes) {
-    A loss = r.z_scale == 0 ? A(0) : r.z_scale * (lse * lse);  // infinite where the definition's square is
-    if (row.y >= 0) loss += truth_of(r, row) * (s.max - z + log_sum);
-    if constexpr (general) loss += s.pull + s.mass * log_sum;
-    store(r.loss + row.index, loss);
-    store(r.row_max + row.index, s.max);
-    store(r.row_log_sum + row.index, log_sum);
-  }
-  return slope_of(r, row, s.max, log_sum, 1 / s.sum, s.mass);
-}
 
 template <class T>
 FASTLLM_DEVICE void ignore_row(const Rows<T>& r, const Row<T>& row, int first, int stride, bool edges) {
@@ -60,102 +33,23 @@ FASTLLM_DEVICE void ignore_row(const Rows<T>& r, const Row<T>& row, int first, i
   if (r.grad != nullptr) write_zeros(r, row, first, stride, edges);
 }
 
-template <bool general, class T>
-FASTLLM_DEVICE Acc<T> logit_of_class(const Rows<T>& r, const Row<T>& row) {
-  return row.y < 0 ? Acc<T>(0) : logit<general>(r, load(row.logits + row.y));
-}
-
-// A row in the registers of `cluster` blocks. In plain kernels for bfloat16 and float16 its logits become exponentials,
-// one each. Those of float32 are taken again for the gradient: both beside each other would halve the threads that fit,
-// and a second one hides behind twice the bytes.
-//
-// The one barrier that all of them pass lies between their reads of logits
-// and their writes of the gradient, which may take the logits' place.
+// A row in the registers of `cluster` blocks.
 template <class T, bool general>
-__global__ void __launch_bounds__(kHoldingThreads, kHoldingBlocks<T, general>) held_rows(Rows<T> r, int cluster) {
-  using A = Acc<T>;
-  constexpr int N = kVec<T>, K = kHeld<T>;
-  constexpr bool keeps = sizeof(T) == 2;
+__global__ void __launch_bounds__(kHoldingThreads<T, general>, kHoldingBlocks<T, general>)
+    held_rows(Rows<T> r, int cluster) {
   const int rank = cluster > 1 ? cluster_rank() : 0;
-  const int stride = cluster * blockDim.x, first = rank * blockDim.x + threadIdx.x;
-  const bool edges = rank == 0;
+  const Part part{cluster, static_cast<int>(rank * blockDim.x + threadIdx.x), static_cast<int>(cluster * blockDim.x),
+                  rank == 0};
   Row<T> row;
   if (!open_row(r, blockIdx.x / cluster, &row)) {
-    ignore_row(r, row, first, stride, edges);
+    ignore_row(r, row, part.first, part.stride, part.edges);
     return;
   }
   if (cluster > 1) announce_to_cluster();
-
-  const T* logits = row.logits + row.head + int64_t{first} * N;
-  Vec<T, N> x[K];
-#pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (first + k * stride < row.groups) {
-      x[k] = load_vec_streaming<N>(logits + int64_t{k} * stride * N);
-    } else {
-#pragma unroll
-      for (int j = 0; j < N; ++j) x[k].items[j] = kMinusInfinity<T>;
-    }
-  }
-  const int edge = edges ? edge_column(r, row) : -1;
-  const A z_class = logit_of_class<general>(r, row);
-  // The last: the edge.
-  A z[K * N + 1];
-#pragma unroll
-  for (int k = 0; k < K; ++k)
-#pragma unroll
-    for (int j = 0; j < N; ++j) z[k * N + j] = logit<general>(r, x[k].items[j]);
-  z[K * N] = edge >= 0 ? logit<general>(r, load(row.logits + edge)) : -kInfinity<A>;
-
-  Stats<A> s;
-  if constexpr (general) {
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      if (first + k * stride >= row.groups) break;
-      add_columns(r, row, row.head + (first + k * stride) * N, reinterpret_cast<const A(&)[N]>(z[k * N]), s);
-    }
-    if (edge >= 0) add_columns(r, row, edge, reinterpret_cast<const A(&)[1]>(z[K * N]), s);
-  } else if constexpr (keeps) {
-    add_exponentials(s, z);
-  } else {
-    A e[K * N + 1];
-#pragma unroll
-    for (int i = 0; i <= K * N; ++i) e[i] = z[i];
-    add_exponentials(s, e);
-  }
-  const A max_here = s.max;
-  Stats<A>* shared = reinterpret_cast<Stats<A>*>(shared_memory());
-  s = merge_block<general>(s, shared);
-  if (cluster > 1) s = merge_cluster<general>(s, shared + kWarp, cluster);
-  const Slope<A> slope = finish_row<general>(r, row, s, z_class, edges && threadIdx.x == 0);
-  if (r.grad == nullptr) return;
-
-  T* grad = grad_of(r, row);
-  const A factor = exp_fast(max_here - s.max) * slope.factor;
-  bool y_is_here = false;
-  for_width(r.grad_width, [&](auto wide) {
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      const int group = first + k * stride, column = row.head + group * N;
-      if (group >= row.groups) break;
-      Vec<T, N> g;
-      if constexpr (general || !keeps) {
-        g = gradient_of<general>(r, row, slope, column, reinterpret_cast<const A(&)[N]>(z[k * N]));
-      } else {
-#pragma unroll
-        for (int j = 0; j < N; ++j) g.items[j] = narrow<T>(z[k * N + j] * factor);
-      }
-      store_group<decltype(wide)::value>(grad + column, g, r.grad_width);
-      y_is_here |= group == row.y_group();
-    }
-  });
-  if (y_is_here) store(grad + row.y, gradient_at_class<general>(r, row, slope, z_class));
-  if (edge < 0) return;
-  if constexpr (general || !keeps)
-    store(grad + edge, edge_gradient<general>(r, row, slope, edge, z[K * N]));
+  if constexpr (kLean<T, general>)
+    hold_lean_row(r, row, part);
   else
-    store(grad + edge,
-          edge == row.y ? gradient_at_class<general>(r, row, slope, z_class) : narrow<T>(z[K * N] * factor));
+    hold_row<general>(r, row, part);
 }
 
 // Statistics of a thread's part of a row, read group by group. `again`: the row will be read once more.
@@ -220,8 +114,9 @@ __global__ void __launch_bounds__(kThreads, kStreamingBlocks<T, general, with_gr
   }
   const A z_class = logit_of_class<general>(r, row);
   Stats<A> s = read_row<general, with_grad>(r, row);
-  s = merge_block<general>(s, reinterpret_cast<Stats<A>*>(shared_memory()));
-  const Slope<A> slope = finish_row<general>(r, row, s, z_class, threadIdx.x == 0);
+  s = merge_row<general>(merge_warp<general>(s), reinterpret_cast<Stats<A>*>(shared_memory()), 1);
+  Slope<A> slope = open_slope(r, row);
+  finish_row<general>(r, row, s, z_class, threadIdx.x == 0, &slope);
   if constexpr (with_grad) write_gradient<general>(r, row, slope, threadIdx.x, blockDim.x, true);
 }
 
@@ -255,18 +150,13 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, general>) backwar
     const A max = load(r.row_max + row.index), log_sum = load(r.row_log_sum + row.index);
     A mass = 0;
     if constexpr (general) mass = mass_of(r, row);
-    write_gradient<general>(r, row, slope_of(r, row, max, log_sum, std::exp(-log_sum), mass), first, stride, part == 0);
+    Slope<A> slope = open_slope(r, row);
+    close_slope(r, max, log_sum, std::exp(-log_sum), mass, &slope);
+    write_gradient<general>(r, row, slope, first, stride, part == 0);
   }
 }
 
 // --- launchers --------------------------------------------------------------------------------------------------
-
-// The largest power of two, at most 16, that divides how far rows of `other` lie from those of `logits`.
-int common_width(const void* logits, int64_t logits_bytes, const void* other, int64_t other_bytes) {
-  const uint64_t apart = (reinterpret_cast<uintptr_t>(logits) - reinterpret_cast<uintptr_t>(other)) |
-                         static_cast<uint64_t>(logits_bytes - other_bytes) | 16;
-  return static_cast<int>(apart & -apart);
-}
 
 template <class T>
 Rows<T> rows_of(const CrossEntropy& c) {
@@ -308,9 +198,6 @@ bool is_general(const CrossEntropy& c) {
   return c.probabilities != nullptr || c.label_smoothing != 0 || c.softcap != 0;
 }
 
-int64_t item_bytes(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
-int64_t held_bytes(DType dtype) { return item_bytes(dtype) * (dtype == DType::kF64 ? 16 : 32); }
-
 // Threads of a block where `blocks` of them share a row, each thread taking `bytes` of it.
 int threads_for(int64_t row_bytes, int64_t blocks, int64_t bytes, int most) {
   const int64_t wanted = ceil_div(ceil_div(row_bytes, bytes * blocks), kWarp) * kWarp;
@@ -323,25 +210,31 @@ constexpr size_t kShared = kStatsBytes<Acc<T> >;
 // Whether the device runs clusters of so many blocks, of the most threads.
 template <class T>
 bool has_room(const CrossEntropy& c, int cluster) {
-  const Shape shape{cluster, kHoldingThreads, kShared<T>, cluster};
-  return is_general(c) ? cluster_fits<held_rows<T, true> >(shape) : cluster_fits<held_rows<T, false> >(shape);
+  const auto ask = [&]<bool general>(std::bool_constant<general>) {
+    return cluster_fits<held_rows<T, general> >({cluster, kHoldingThreads<T, general>, kShared<T>, cluster});
+  };
+  return is_general(c) ? ask(std::true_type()) : ask(std::false_type());
+}
+
+template <class T, bool general>
+Status hold(const CrossEntropy& c, Stream stream) {
+  const int64_t row_bytes = c.classes * static_cast<int64_t>(sizeof(T));
+  const int threads = threads_for(row_bytes, c.cluster, 16 * kHeld<T, general>, kHoldingThreads<T, general>);
+  return launch(held_rows<T, general>, {c.rows * c.cluster, threads, kShared<T>, c.cluster}, stream, rows_of<T>(c),
+                c.cluster);
+}
+
+template <class T, bool general>
+Status stream_rows(const CrossEntropy& c, Stream stream) {
+  const int64_t row_bytes = c.classes * static_cast<int64_t>(sizeof(T));
+  return launch(c.grad == nullptr ? streamed_rows<T, general, false> : streamed_rows<T, general, true>,
+                {c.rows, threads_for(row_bytes, 1, 16 * kInFlight, kThreads), kShared<T>}, stream, rows_of<T>(c));
 }
 
 template <class T>
 Status forward(const CrossEntropy& c, Stream stream) {
-  const Rows<T> r = rows_of<T>(c);
-  const bool general = is_general(c);
-  const int64_t row_bytes = c.classes * static_cast<int64_t>(sizeof(T));
-  constexpr size_t shared = kShared<T>;
-  if (c.cluster > 0) {
-    const Shape shape{c.rows * c.cluster, threads_for(row_bytes, c.cluster, held_bytes(c.dtype), kHoldingThreads),
-                      shared, c.cluster};
-    return launch(general ? held_rows<T, true> : held_rows<T, false>, shape, stream, r, c.cluster);
-  }
-  const Shape shape{c.rows, threads_for(row_bytes, 1, 16 * kInFlight, kThreads), shared};
-  if (c.grad == nullptr)
-    return launch(general ? streamed_rows<T, true, false> : streamed_rows<T, false, false>, shape, stream, r);
-  return launch(general ? streamed_rows<T, true, true> : streamed_rows<T, false, true>, shape, stream, r);
+  if (c.cluster > 0) return is_general(c) ? hold<T, true>(c, stream) : hold<T, false>(c, stream);
+  return is_general(c) ? stream_rows<T, true>(c, stream) : stream_rows<T, false>(c, stream);
 }
 
 // Blocks that each walk over many rows: as many as the multiprocessors hold side by side. Few rows are cut into parts.
@@ -362,7 +255,8 @@ Status backward(const CrossEntropy& c, Stream stream) {
 }  // namespace
 
 bool cross_entropy_fits(DType dtype, int64_t classes, int cluster) {
-  return classes * item_bytes(dtype) <= cluster * kHoldingThreads * held_bytes(dtype);
+  FASTLLM_SWITCH_DTYPE(dtype, return classes <= cluster * kHeldByBlock<T>)
+  return false;
 }
 
 int cross_entropy_cluster(const CrossEntropy& c, int capability) {

@@ -26,6 +26,13 @@ constexpr bf16 kMinusInfinity<bf16>{0xff80};
 template <>
 constexpr f16 kMinusInfinity<f16>{0xfc00};
 
+template <class T>
+constexpr unsigned kMinusInfinityWord = 0xff800000u;  // as many as fill 32 bits
+template <>
+constexpr unsigned kMinusInfinityWord<bf16> = 0xff80ff80u;
+template <>
+constexpr unsigned kMinusInfinityWord<f16> = 0xfc00fc00u;
+
 // x over the divisor of a mean: NaN for 0, where the definition divides 0 by 0 in one of its terms.
 template <class A>
 FASTLLM_DEVICE A over_divisor(A x, A divisor) {
@@ -162,6 +169,11 @@ FASTLLM_DEVICE Acc<T> logit(const Rows<T>& r, T x) {
   if constexpr (general)
     if (r.cap != 0) return r.cap * std::tanh(z * r.inverse_cap);
   return z;
+}
+
+template <bool general, class T>
+FASTLLM_DEVICE Acc<T> logit_of_class(const Rows<T>& r, const Row<T>& row) {
+  return row.y < 0 ? Acc<T>(0) : logit<general>(r, load(row.logits + row.y));
 }
 
 // Whether classes other than the target's, or all of given probabilities, have a share in the loss.

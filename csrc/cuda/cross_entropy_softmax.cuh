@@ -11,29 +11,13 @@ namespace {
 // and of share (base - z), where base is the maximum, or 0 while that is -inf: then exponentials are 0, not NaN. NaN
 // is not in the maximum, but in the sum.
 template <class A>
-struct Stats {
+struct alignas(4 * sizeof(A)) Stats {
   A max = -kInfinity<A>, sum = 0, mass = 0, pull = 0;
 };
 
 template <class A>
 FASTLLM_DEVICE A base_of(A max) {
   return max == -kInfinity<A> ? A(0) : max;
-}
-
-// The two as one, with the same bits in either order.
-template <bool general, class A>
-FASTLLM_DEVICE Stats<A> merge(const Stats<A>& a, const Stats<A>& b) {
-  const bool swap = b.max > a.max;
-  const A high = swap ? b.max : a.max, low = swap ? a.max : b.max, base = base_of(high);
-  Stats<A> both;
-  both.max = high;
-  both.sum = (swap ? a.sum : b.sum) * exp_fast(low - base) + (swap ? b.sum : a.sum);
-  if constexpr (general) {
-    both.mass = a.mass + b.mass;
-    const A raised = (swap ? a.mass : b.mass) * (base - base_of(low));
-    both.pull = (a.pull + b.pull) + raised;
-  }
-  return both;
 }
 
 // M logits become their exponentials exp(z - base), base of the returned maximum; their sum is added to `s`.
@@ -76,45 +60,70 @@ FASTLLM_DEVICE void add_columns(const Rows<T>& r, const Row<T>& row, int column,
   s.pull += pull;
 }
 
+// What `s` adds to statistics of a maximum that is `base` or, where that is 0, -inf; their maximum is not set.
 template <bool general, class A>
-FASTLLM_DEVICE Stats<A> merge_warp(Stats<A> s) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    Stats<A> other;
-    other.max = shuffle_xor(s.max, lanes);
-    other.sum = shuffle_xor(s.sum, lanes);
-    if constexpr (general) {
-      other.mass = shuffle_xor(s.mass, lanes);
-      other.pull = shuffle_xor(s.pull, lanes);
-    }
-    s = merge<general>(s, other);
+FASTLLM_DEVICE Stats<A> rebased(const Stats<A>& s, A base) {
+  Stats<A> moved;
+  moved.sum = s.sum * exp_fast(s.max - base);
+  if constexpr (general) {
+    moved.mass = s.mass;
+    moved.pull = s.pull + s.mass * (base - base_of(s.max));
   }
-  return s;
+  return moved;
 }
 
-// For every thread; `scratch` (32 items) is shared memory.
+// Those of all lanes, for every lane: the maximum first, so that each lane's sum is rescaled once.
 template <bool general, class A>
-FASTLLM_DEVICE Stats<A> merge_block(Stats<A> s, Stats<A>* scratch) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  s = merge_warp<general>(s);
-  if (lane == 0) scratch[warp] = s;
-  sync_block();
-  return merge_warp<general>(lane < warps ? scratch[lane] : Stats<A>());
+FASTLLM_DEVICE Stats<A> merge_warp(const Stats<A>& s) {
+  const A max = reduce_warp(s.max, Max());
+  Stats<A> all = rebased<general>(s, base_of(max));
+  all.max = max;
+  all.sum = reduce_warp(all.sum, Sum());
+  if constexpr (general) {
+    all.mass = reduce_warp(all.mass, Sum());
+    all.pull = reduce_warp(all.pull, Sum());
+  }
+  return all;
 }
 
-// For every thread of the cluster, which has been announced to: each block leaves its statistics with all.
-template <bool general, class A>
-FASTLLM_DEVICE Stats<A> merge_cluster(const Stats<A>& s, Stats<A>* slots, int cluster) {
-  await_cluster();
-  if (static_cast<int>(threadIdx.x) < cluster) store(map_shared(slots + cluster_rank(), threadIdx.x), s);
-  sync_cluster();
-  const int lane = threadIdx.x % kWarp;
-  return merge_warp<general>(lane < cluster ? slots[lane] : Stats<A>());
-}
-
-constexpr int kMaxCluster = 16;
+constexpr int kMaxCluster = 16, kMaxWarps = 16;
 template <class A>
-constexpr size_t kStatsBytes = (kWarp + kMaxCluster) * sizeof(Stats<A>);
+constexpr size_t kStatsBytes = kMaxCluster * kMaxWarps * sizeof(Stats<A>);
+
+// From the statistics of each warp those of the row, for every thread of the cluster, which has been announced to.
+// slots: shared memory that no one reads before. Each warp leaves its own with all blocks.
+template <bool general, class A>
+FASTLLM_DEVICE Stats<A> merge_row(const Stats<A>& s, Stats<A>* slots, int cluster) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  if (cluster > 1) {
+    await_cluster();
+    if (lane < cluster) store(map_shared(slots + cluster_rank() * warps + warp, lane), s);
+    sync_cluster();
+  } else {
+    if (lane == 0) slots[warp] = s;
+    sync_block();
+  }
+  const int count = cluster * warps;
+  A max = -kInfinity<A>;
+#pragma unroll 1
+  for (int i = lane; i < count; i += kWarp) max = greater_of(max, slots[i].max);
+  Stats<A> all;
+  all.max = reduce_warp(max, Max());
+  const A base = base_of(all.max);
+#pragma unroll 1
+  for (int i = lane; i < count; i += kWarp) {
+    const Stats<A> moved = rebased<general>(slots[i], base);
+    all.sum += moved.sum;
+    all.mass += moved.mass;
+    all.pull += moved.pull;
+  }
+  all.sum = reduce_warp(all.sum, Sum());
+  if constexpr (general) {
+    all.mass = reduce_warp(all.mass, Sum());
+    all.pull = reduce_warp(all.pull, Sum());
+  }
+  return all;
+}
 
 // --- gradient ---------------------------------------------------------------------------------------------------
 
@@ -140,19 +149,45 @@ FASTLLM_DEVICE Acc<T> incoming_of(const Rows<T>& r, int64_t index) {
                            : load_acc(static_cast<const T*>(r.incoming) + at);
 }
 
+// What is known of it before the row's statistics are.
 template <class T>
-FASTLLM_DEVICE Slope<Acc<T> > slope_of(const Rows<T>& r, const Row<T>& row, Acc<T> max, Acc<T> log_sum,
-                                       Acc<T> inverse_sum, Acc<T> mass) {
-  using A = Acc<T>;
-  Slope<A> s;
-  s.max = max;
-  s.inverse_sum = inverse_sum;
+FASTLLM_DEVICE Slope<Acc<T> > open_slope(const Rows<T>& r, const Row<T>& row) {
+  Slope<Acc<T> > s;
   s.truth = truth_of(r, row);
-  s.rest = mass + (r.z_scale == 0 ? A(0) : r.z_scale * (2 * (max + log_sum)));  // infinite where the definition's is
   s.scale = incoming_of(r, row.index);
   if (r.divisor != nullptr) s.scale = over_divisor(s.scale, load(r.divisor));
-  s.factor = (s.truth + s.rest) * inverse_sum * s.scale;
   return s;
+}
+
+// log_sum is looked at where there is a z-loss.
+template <class T>
+FASTLLM_DEVICE void close_slope(const Rows<T>& r, Acc<T> max, Acc<T> log_sum, Acc<T> inverse_sum, Acc<T> mass,
+                                Slope<Acc<T> >* s) {
+  using A = Acc<T>;
+  s->max = max;
+  s->inverse_sum = inverse_sum;
+  s->rest = mass + (r.z_scale == 0 ? A(0) : r.z_scale * (2 * (max + log_sum)));  // infinite where the definition's is
+  s->factor = (s->truth + s->rest) * inverse_sum * s->scale;
+}
+
+// Writes a row's loss and statistics, and closes the slope of its gradient. z: the logit of its class.
+template <bool general, class T>
+FASTLLM_DEVICE void finish_row(const Rows<T>& r, const Row<T>& row, Stats<Acc<T> > s, Acc<T> z, bool writes,
+                               Slope<Acc<T> >* slope) {
+  using A = Acc<T>;
+  // A row of -inf alone has no distribution.
+  if (s.max == -kInfinity<A>) s.sum = kNaN<A>;
+  const A log_sum = writes || r.z_scale != 0 ? std::log(s.sum) : A(0);
+  if (writes) {
+    const A lse = s.max + log_sum;
+    A loss = r.z_scale == 0 ? A(0) : r.z_scale * (lse * lse);  // infinite where the definition's square is
+    if (row.y >= 0) loss += slope->truth * (s.max - z + log_sum);
+    if constexpr (general) loss += s.pull + s.mass * log_sum;
+    store(r.loss + row.index, loss);
+    store(r.row_max + row.index, s.max);
+    store(r.row_log_sum + row.index, log_sum);
+  }
+  close_slope(r, s.max, log_sum, 1 / s.sum, s.mass, slope);
 }
 
 // The derivative of the softcap by its value z, 1 - (z / cap)^2, in factors that keep their digits where z nears cap.
@@ -181,17 +216,16 @@ FASTLLM_DEVICE Vec<T, N> gradient_of(const Rows<T>& r, const Row<T>& row, const 
   using A = Acc<T>;
   A share[N];
   if constexpr (general) shares_of(r, row, column, share);
-  Vec<T, N> g;
+  A slope[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    A slope = exp_fast(z[j] - s.max) * s.factor;
+    slope[j] = exp_fast(z[j] - s.max) * s.factor;
     if constexpr (general) {
-      slope -= share[j] * s.scale;
-      slope *= cap_slope(r, z[j]);
+      slope[j] -= share[j] * s.scale;
+      slope[j] *= cap_slope(r, z[j]);
     }
-    g.items[j] = narrow<T>(slope);
   }
-  return g;
+  return narrow_items<T>(slope);
 }
 
 template <bool general, class T>

@@ -10,6 +10,18 @@
 
 #include "launch.h"
 
+namespace fastllm::cuda {
+
+// 16 bytes of items as they lie in memory, in 32-bit registers: items of 16 bits are compared, widened and rounded two
+// at a time, and never moved apart.
+struct alignas(16) Words {
+  unsigned word[4];
+};
+template <class T>
+constexpr int kVec = 16 / static_cast<int>(sizeof(T));  // items of 16 bytes
+
+}  // namespace fastllm::cuda
+
 #ifndef __CUDACC__
 #include "host_primitives.h"
 #else
@@ -131,6 +143,69 @@ FASTLLM_DEVICE T narrow(double x) {
     return static_cast<T>(x);
 }
 
+// Words: float32, bfloat16 and float16.
+template <class T>
+FASTLLM_DEVICE Words load_words_streaming(const T* p) {
+  const uint4 raw = __ldcs(reinterpret_cast<const uint4*>(p));
+  return {{raw.x, raw.y, raw.z, raw.w}};
+}
+template <class T>
+FASTLLM_DEVICE void widen_words(const Words& x, float (&z)[kVec<T>]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      z[2 * i] = __uint_as_float(x.word[i] << 16);
+      z[2 * i + 1] = __uint_as_float(x.word[i] & 0xffff0000u);
+    } else if constexpr (std::is_same_v<T, f16>) {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(x.word[i]));
+      z[2 * i] = pair.x;
+      z[2 * i + 1] = pair.y;
+    } else {
+      z[i] = __uint_as_float(x.word[i]);
+    }
+  }
+}
+template <class V>
+FASTLLM_DEVICE Words words_of(const V& group) {
+  static_assert(sizeof(V) == sizeof(Words));
+  return reinterpret_cast<const Words&>(group);
+}
+// Item by item; a NaN gives way to the other number.
+template <class T>
+FASTLLM_DEVICE unsigned greater_of_words(unsigned a, unsigned b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __nv_bfloat162 high =
+        __hmax2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+    return reinterpret_cast<const unsigned&>(high);
+  } else if constexpr (std::is_same_v<T, f16>) {
+    const __half2 high = __hmax2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+    return reinterpret_cast<const unsigned&>(high);
+  } else {
+    return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+  }
+}
+template <class T, int N, class A>
+FASTLLM_DEVICE Vec<T, N> narrow_items(const A (&x)[N]) {
+  Vec<T, N> items;
+  if constexpr (sizeof(T) == 2 && N % 2 == 0 && std::is_same_v<A, float>) {
+    unsigned (&words)[N / 2] = reinterpret_cast<unsigned (&)[N / 2]>(items);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      if constexpr (std::is_same_v<T, bf16>) {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+        words[i] = reinterpret_cast<const unsigned&>(pair);
+      } else {
+        const __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+        words[i] = reinterpret_cast<const unsigned&>(pair);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) items.items[i] = narrow<T>(x[i]);
+  }
+  return items;
+}
+
 // 2^x: one instruction in float32, relative error 2^-22.
 FASTLLM_DEVICE float exp2_fast(float x) {
   float y;
@@ -139,9 +214,27 @@ FASTLLM_DEVICE float exp2_fast(float x) {
 }
 FASTLLM_DEVICE double exp2_fast(double x) { return exp2(x); }
 
+// A product that is rounded: no addition is fused with it.
+FASTLLM_DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
+FASTLLM_DEVICE double times(double a, double b) { return __dmul_rn(a, b); }
+
 // The greater; a NaN gives way to the other number.
 FASTLLM_DEVICE float greater_of(float a, float b) { return fmaxf(a, b); }
 FASTLLM_DEVICE double greater_of(double a, double b) { return fmax(a, b); }
+
+// The greater, the lesser; NaN where one of the two is.
+FASTLLM_DEVICE float greater_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+FASTLLM_DEVICE float lesser_or_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+FASTLLM_DEVICE double greater_or_nan(double a, double b) { return a > b || a != a ? a : b; }
+FASTLLM_DEVICE double lesser_or_nan(double a, double b) { return a < b || a != a ? a : b; }
 
 // --- threads ----------------------------------------------------------------------------------------------------
 

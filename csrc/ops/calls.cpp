@@ -16,6 +16,8 @@
 #include <vector>
 
 #include "common.h"
+#include "gemm.h"
+#include "linear_common.h"
 #include "operations.h"
 
 namespace fastllm {
@@ -129,6 +131,53 @@ PyObject* serves(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// For what is written in Python over kernel operations (fastllm/operations/dense.py); plain CPU tensors.
+template <class... Values, class Function>
+PyObject* plain_call(PyObject* const* args, Py_ssize_t count, Function function) {
+  HANDLE_TH_ERRORS
+  std::tuple<Values...> values;
+  const auto take_all = [&]<size_t... i>(std::index_sequence<i...>) {
+    return (take(args[i], &std::get<i>(values)) && ...);
+  };
+  TORCH_CHECK_TYPE(count == sizeof...(Values) && take_all(std::index_sequence_for<Values...>()),
+                   "fastllm: plain tensors and numbers are wanted here");
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return std::apply(function, values);
+  END_HANDLE_TH_ERRORS
+}
+
+// out = a b + plus; plus is undefined, a row (a bias), or out itself.
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& plus) {
+  if (out.numel() == 0) return;
+  const bool adds = defined(plus) && plus->is_same(out);
+  const Tensor bias = defined(plus) && !adds ? plus->contiguous() : Tensor();
+  if (!adds && try_row_product(out, a, b, bias, false)) return;
+  if (!adds && try_small_product(out, a, b, bias, false)) return;
+  if (bias.defined()) Tensor(out).copy_(bias.expand_as(out));
+  gemm_out(out, a, b, defined(plus) ? 1 : 0);
+}
+
+PyObject* multiply_into(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return plain_call<Tensor, Tensor, Tensor, std::optional<Tensor>>(
+      args, count, [](const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& plus) -> PyObject* {
+        const py::gil_scoped_release no_gil;
+        multiply(out, a, b, plus);
+        return Py_NewRef(Py_None);
+      });
+}
+
+PyObject* empty(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return plain_call<Tensor, int64_t, int64_t>(args, count, [](const Tensor& like, int64_t rows, int64_t columns) {
+    return THPVariable_Wrap(pool::empty({rows, columns}, like.scalar_type()));
+  });
+}
+
+PyObject* row_stride(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return plain_call<Tensor, int64_t>(args, count, [](const Tensor& like, int64_t columns) {
+    return PyLong_FromLongLong(fast_row_stride(columns, like.scalar_type()));
+  });
+}
+
 using Fastcall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 
 void define(py::module_& m, const char* name, Fastcall function, const char* doc) {
@@ -151,6 +200,9 @@ void define_calls(py::module_& m) {
     (define(m, kNames[i], &call<i>, "The operation of torch.ops.fastllm, its arguments by position."), ...);
   }(std::make_index_sequence<std::tuple_size_v<Signatures>>());
   define(m, "serves", &serves, "serves(tensor, *others): whether the compiled operation serves plain tensors as these");
+  define(m, "multiply", &multiply_into, "multiply(out, a, b, plus): out = a b + plus; plus is None, a row, or out");
+  define(m, "empty", &empty, "empty(like, rows, columns): an uninitialised matrix from the pool");
+  define(m, "row_stride", &row_stride, "row_stride(like, columns): items between rows that a product writes fastest");
   m.def("set_served_devices", [](const std::vector<std::string>& types) {
     served.clear();
     for (const std::string& type : types) served.push_back(c10::Device(type).type());

@@ -76,7 +76,17 @@ def fill(targets: dict[str, Tensor], values: dict[str, Tensor], path: str | Path
             )
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(values[name])
+            target.copy_(_placed_as(target, values[name]))
+
+
+def _placed_as(target: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor, of which this process takes its part where ``target`` is cut over processes."""
+    if not hasattr(target, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(target.device_mesh.device_type)
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)  # nothing is sent
 
 
 def write(path: str | Path, checkpoint: Checkpoint) -> None:

@@ -41,6 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     where.add_argument("--compare", action="store_true", help="at the end, time a step against eager PyTorch")
     where.add_argument("--device", help="cpu, cuda, cuda:1 ... (a GPU if there is one)")
+    several = train.add_argument_group("several processes, started by `torchrun --nproc-per-node N -m fastllm train`")
+    several.add_argument(
+        "--fsdp", action="store_true", help="share parameters, gradients and the optimizer's state (FSDP2)"
+    )
+    several.add_argument(
+        "--vocab-parallel", action="store_true", help="share the rows of the embedding and of the output layer"
+    )
     add_arguments(train.add_argument_group("the run"))
 
     checkpoint = argparse.ArgumentParser(add_help=False)
@@ -154,6 +161,12 @@ def _say(text: str) -> None:
         _silence(sys.stderr)
 
 
+def _rank() -> str:
+    """Which of several processes speaks."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return f" (rank {torch.distributed.get_rank()})" if several else ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status. A user's mistake is one line on stderr and status 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -182,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (ValueError, RuntimeError, OSError, MemoryError, OverflowError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        _say(f"fastllm {options.command}: {lines[0]}")
+        _say(f"fastllm {options.command}{_rank()}: {lines[0]}")
         return 2
     except KeyboardInterrupt:
         _say(f"\nfastllm {options.command}: interrupted")

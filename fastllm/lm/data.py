@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ def split(count: int, held_out: float = 0.05, blocks: int = 20) -> tuple[list[St
     """
     train, test = [], []
     borders = [count * k // blocks for k in range(blocks + 1)]
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in itertools.pairwise(borders):
         middle = stop - (max(1, round((stop - start) * held_out)) if held_out > 0 else 0)
         train.append((start, middle))
         test.append((middle, stop))

@@ -91,7 +91,7 @@ class Options:
         ValueError
             Options that exclude each other.
         """
-        made = replace(self)
+        made: Any = replace(self)  # sizes that are None until the loop below
         transformer = self.model == "transformer"
         if not transformer and self.heads is not None:
             raise ValueError("--heads is an option of the transformer")
@@ -116,7 +116,7 @@ class Options:
 
     def model_config(self, vocab_size: int) -> dict:
         """Arguments of the model."""
-        config = {"vocab_size": vocab_size, "embedding_dim": self.width, "hidden_dim": self.hidden}
+        config: dict[str, Any] = {"vocab_size": vocab_size, "embedding_dim": self.width, "hidden_dim": self.hidden}
         config |= {"context_length": self.context_length, "dropout": self.dropout}
         if self.model == "mlp":
             return config | {"num_hidden_layers": self.layers}

@@ -49,6 +49,16 @@ class Log:
             self.writer.close()
 
 
+class Nothing:
+    """The log of a process that writes none."""
+
+    def write(self, step: int, **numbers: float) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read(path: str | Path) -> list[dict]:
     """The lines of a log; the last may be cut off."""
     lines = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import signal
 import threading
@@ -15,8 +16,9 @@ import numpy as np
 import torch
 
 from fastllm import backends
-from fastllm.lm import checkpoint, costs, data, records
+from fastllm.lm import checkpoint, costs, data, processes, records
 from fastllm.lm.options import Options, changed, flag, given
+from fastllm.lm.processes import ALONE, Processes
 from fastllm.lm.progress import ProgressBar
 from fastllm.lm.tokenizer import Tokenizer
 from fastllm.lm.training import DTYPES, Trainer, compare_with_eager, mean_loss
@@ -35,7 +37,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class InterruptAfterStep:
-    """Ctrl-C and SIGTERM wait for the end of a step, so that what is saved is a whole one; a second one does not wait."""
+    """Ctrl-C and SIGTERM wait for the end of a step, so that what is saved is a whole one; a second one does not wait.
+    Several processes end after the same step, whichever of them was asked; there a second one waits, too."""
+
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self.processes = processes
 
     def __enter__(self) -> InterruptAfterStep:
         self._asked: int | None = None
@@ -50,13 +56,14 @@ class InterruptAfterStep:
             signal.signal(number, handler)
 
     def _ask(self, number: int, *_: object) -> None:
-        if self._asked is not None:
+        if self._asked is not None and self.processes.size == 1:
             raise Interrupted(number)
         self._asked = number
 
     def step_ends(self) -> None:
-        if self._asked is not None:
-            raise Interrupted(self._asked)
+        asked = self.processes.most(self._asked or 0)
+        if asked:
+            raise Interrupted(asked)
 
 
 @dataclass
@@ -89,23 +96,32 @@ def _source(text: list[str], tokens: str | None, make: Callable[[str | None], To
     return Source(ids, origin, tokenizer, vocab_size, f"data: {len(ids):,} tokens of {vocab_size}")
 
 
-def _new_tokenizer(kind: str, vocab_size: int) -> Callable[[str | None], Tokenizer | None]:
+def _new_tokenizer(kind: str, vocab_size: int, processes: Processes) -> Callable[[str | None], Tokenizer | None]:
     def make(text: str | None) -> Tokenizer | None:
         if kind.endswith(".json"):
             try:
                 return Tokenizer.load(kind)
             except OSError as error:
                 raise ValueError(f"cannot read the tokenizer {kind}: {error.strerror}") from error
-        return None if text is None else Tokenizer.train(text, kind, vocab_size)
+        if text is None:
+            return None
+        if processes.size == 1:
+            return Tokenizer.train(text, kind, vocab_size)
+        return Tokenizer.from_json(processes.of_first(lambda: Tokenizer.train(text, kind, vocab_size).to_json()))
 
     return make
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None, processes: Processes = ALONE) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and processes.size > 1:
+            if device.index is not None:
+                raise ValueError(f"--device {name}: several processes take a GPU each; give cuda alone")
+            device = torch.device("cuda", processes.local_rank)
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
@@ -135,11 +151,14 @@ class Run:
     ----------
     arguments : argparse.Namespace
         Of ``fastllm train``.
+    processes : Processes
+        The first of them prints and writes.
     """
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.device = _device(arguments.device)
+    def __init__(self, arguments: argparse.Namespace, processes: Processes = ALONE) -> None:
+        self.arguments, self.processes = arguments, processes
+        self.cut = _cut(arguments, processes)
+        self.device = _device(arguments.device, processes)
         state = checkpoint.read(arguments.resume) if arguments.resume else None
         self.out = Path(arguments.out or arguments.resume or "checkpoints/model.safetensors")
         if self.out.is_dir():
@@ -149,11 +168,12 @@ class Run:
         if self.best == self.out:
             raise ValueError(f"--out {self.out}: the best checkpoint has this name; give another one")
         self.options = self._options(state)
+        _check_cut(self.cut, self.options)
         self.source = self._read_source(state)
         self.config = self.options.model_config(self.source.vocab_size) if state is None else state.config
         self.costs = costs.of(self.options, self.config)
-        print(self.source.description)
-        print(
+        self.say(self.source.description)
+        self.say(
             f"model: {self.options.model}, {self.costs.parameters:,} parameters, {self.costs.flops:,} FLOPs a token, "
             f"about {self.costs.memory / 2**20:,.0f} MiB at the peak of a step"
         )
@@ -164,10 +184,15 @@ class Run:
             raise ValueError(
                 f"the run needs about {self.costs.memory / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB are free"
             )
-        _check_writable(self.out)
+        processes.of_first(lambda: _check_writable(self.out))
         self.trainer = self._trainer(state)
         self.last_loss = math.nan
         self.tokenizer_json = None if self.source.tokenizer is None else self.source.tokenizer.to_json()
+
+    def say(self, text: str, **how) -> None:
+        """Print, in one process alone."""
+        if self.processes.is_first:
+            print(text, **how)
 
     def _options(self, state: checkpoint.Checkpoint | None) -> Options:
         wanted = given(self.arguments)
@@ -184,7 +209,7 @@ class Run:
         if text and tokens:
             raise ValueError("--text and --data exclude each other")
         if state is None:
-            make = _new_tokenizer(self.options.tokenizer, self.options.vocab_size)
+            make = _new_tokenizer(self.options.tokenizer, self.options.vocab_size, self.processes)
             return _source(text, tokens, make, self.options.vocab_size)
         checkpoint.check_fields(self.arguments.resume, state.source, dict.fromkeys(SOURCE))
         if not text and not tokens:
@@ -203,13 +228,14 @@ class Run:
             model = checkpoint.MODELS[options.model](**self.config)
         else:
             model = state.build_model(self.arguments.resume)
-        trainer = Trainer(model, train, test, options, self.device)
+        trainer = Trainer(model, train, test, options, self.device, self.processes, self.cut)
         if state is not None:
             trainer.restore(state, self.arguments.resume)
         return trainer
 
     def save(self, path: Path) -> None:
-        checkpoint.write(path, self.trainer.checkpoint(self.tokenizer_json, self.source.origin))
+        state = self.trainer.checkpoint(self.tokenizer_json, self.source.origin)
+        self.processes.of_first(lambda: checkpoint.write(path, state))
 
     def train(self) -> None:
         """Train to the last step, or until evaluations bring no gain for too long.
@@ -219,17 +245,22 @@ class Run:
         Interrupted
             Ctrl-C or SIGTERM; the last whole step is saved.
         OSError
-            The log or stdout or stderr cannot be written; the last whole step is saved if that can be.
+            The log or stdout or stderr cannot be written; the last whole step is saved if that can be. Of several processes
+            one alone finds that, and nothing is saved.
         """
         rate = costs.product_rate(self.device, DTYPES[self.options.dtype])
-        log = records.Log(self.log_path, self.arguments.log_dir, self.trainer.step)
-        progress = ProgressBar(self.options.steps, first=self.trainer.step)
+        if self.processes.is_first:
+            log = records.Log(self.log_path, self.arguments.log_dir, self.trainer.step)
+            progress = ProgressBar(self.options.steps, first=self.trainer.step)
+        else:
+            log = records.Nothing()
+            progress = ProgressBar(self.options.steps, io.StringIO(), first=self.trainer.step)
         try:
-            with InterruptAfterStep() as interrupt:
+            with InterruptAfterStep(self.processes) as interrupt:
                 self._steps(log, progress, rate, interrupt)
-        except (KeyboardInterrupt, OSError):
+        except (KeyboardInterrupt, OSError) as error:
             progress.close()
-            if self.trainer.whole:
+            if self.trainer.whole and (self.processes.size == 1 or isinstance(error, Interrupted)):
                 self.save(self.out)
             raise
         finally:
@@ -284,23 +315,55 @@ class Run:
         return f"the last checkpoint is {self.out}" if self.out.exists() else "there is no checkpoint yet"
 
 
+def _cut(arguments: argparse.Namespace, processes: Processes) -> str | None:
+    """How the processes share the model."""
+    wanted = [name for name in ("fsdp", "vocab_parallel") if getattr(arguments, name)]
+    if wanted and processes.size == 1:
+        raise ValueError(
+            f"{flag(wanted[0])} needs several processes: torchrun --nproc-per-node 2 -m fastllm train {flag(wanted[0])} ..."
+        )
+    if len(wanted) == 2:
+        raise ValueError("--fsdp and --vocab-parallel exclude each other")
+    if arguments.compare and processes.size > 1:
+        raise ValueError("--compare times a single process")
+    return {"fsdp": "fsdp", "vocab_parallel": "vocabulary"}[wanted[0]] if wanted else None
+
+
+def _check_cut(cut: str | None, options: Options) -> None:
+    if cut is not None and options.dtype == "fp16":
+        raise ValueError("--dtype fp16 needs whole gradients for its scale; take bf16 with --fsdp and --vocab-parallel")
+    if cut == "vocabulary" and options.compile:
+        raise ValueError("--compile and --vocab-parallel exclude each other")
+
+
 def train(arguments: argparse.Namespace) -> int:
     """``fastllm train``; its exit status."""
-    run = Run(arguments)
+    on_gpu = torch.cuda.is_available() and not (arguments.device or "").startswith("cpu")
+    started = processes.start(on_gpu)
+    status = _train(arguments, started)
+    processes.end(started)
+    return status
+
+
+def _train(arguments: argparse.Namespace, started: Processes) -> int:
+    run = Run(arguments, started)
     if arguments.dry_run:
         return 0
     trainer = run.trainer
-    print(f"backend: {backends.get_backend()}; device: {run.device}; threads: {torch.get_num_threads()}")
+    several = f"; processes: {started.size}" if started.size > 1 else ""
+    run.say(f"backend: {backends.get_backend()}; device: {run.device}; threads: {torch.get_num_threads()}{several}")
     if arguments.resume:
-        print(f"resuming {arguments.resume} at step {trainer.step} of {run.options.steps}")
+        run.say(f"resuming {arguments.resume} at step {trainer.step} of {run.options.steps}")
     elif trainer.test.stretches:
-        print(f"held-out perplexity before training: {math.exp(trainer.evaluate()):,.1f}", flush=True)
+        run.say(f"held-out perplexity before training: {math.exp(trainer.evaluate()):,.1f}", flush=True)
     start = time.monotonic()
     try:
         run.train()
     except Interrupted as interrupt:
-        print(f"interrupted at step {trainer.step}; saved. To go on: fastllm train --resume {run.out}")
+        run.say(f"interrupted at step {trainer.step}; saved. To go on: fastllm train --resume {run.out}", flush=True)
         return 128 + interrupt.number
+    if not started.is_first:
+        return 0
     if run._stale() and trainer.step < run.options.steps:
         print(f"stopped at step {trainer.step}: {run.options.patience} evaluations without a gain ({flag('patience')})")
     print(f"trained for {time.monotonic() - start:,.0f} s; saved {run.out}, the log {run.log_path}")
@@ -312,7 +375,8 @@ def train(arguments: argparse.Namespace) -> int:
         print(f"plot: {arguments.plot}")
     if run.source.tokenizer is not None and arguments.prompt:
         print("sample: ", end="")
-        continue_text(trainer.model, run.source.tokenizer, arguments.prompt, 60, seed=run.options.seed)
+        model = trainer.model if run.cut is None else load_model(run.out, arguments.device)[0]
+        continue_text(model, run.source.tokenizer, arguments.prompt, 60, seed=run.options.seed)
     if arguments.compare:
         _print_comparison(compare_with_eager(trainer))
     print(f"to continue a text: fastllm generate --checkpoint {run.out} --prompt TEXT")

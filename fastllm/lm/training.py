@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastllm.lm import checkpoint
+from fastllm.lm import checkpoint, parallel
 from fastllm.lm.data import Windows
 from fastllm.lm.options import Options
+from fastllm.lm.processes import ALONE, Processes
 from fastllm.models.base import LanguageModel
 from fastllm.models.sampling import evaluation_mode
 
@@ -24,15 +25,23 @@ _BATCH, _DROPOUT = range(2)  # what random numbers are for
 
 @torch.no_grad()
 def mean_loss(
-    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    processes: Processes = ALONE,
 ) -> tuple[float, int]:
-    """Mean cross-entropy in nats a word, and the number of words; ``model`` is in evaluation mode meanwhile."""
+    """Mean cross-entropy in nats a word, and the number of words; ``model`` is in evaluation mode meanwhile. Processes
+    share the rows of each batch."""
     total, count = 0.0, 0
     with evaluation_mode(model):
         for ids, targets in batches:
-            total += loss(ids, targets).item() * targets.numel()
-            count += targets.numel()
-    return (total / count if count else math.nan), count
+            rows, counted = processes.share(np.arange(len(ids)))
+            first, stop = int(rows[0]), int(rows[-1]) + 1
+            words = counted * targets.shape[1]
+            total += loss(ids[first:stop], targets[first:stop]).item() * words
+            count += words
+    total, words = processes.sums([total, count])
+    return (total / words if words else math.nan), int(words)
 
 
 class _Loss(nn.Module):
@@ -62,10 +71,23 @@ class Trainer:
         Held out for evaluations; it may be empty.
     options : Options
         Resolved.
+    processes : Processes
+        Those of the run. Each computes its part of a batch, and gradients are averaged.
+    cut : str, optional
+        How processes share parameters, gradients and the optimizer's state instead of each having all of them:
+        ``"fsdp"``, every tensor; ``"vocabulary"``, the rows of the table and of the output layer, with which all processes
+        compute the same batch.
     """
 
     def __init__(
-        self, model: LanguageModel, train: Windows, test: Windows, options: Options, device: torch.device | str = "cpu"
+        self,
+        model: LanguageModel,
+        train: Windows,
+        test: Windows,
+        options: Options,
+        device: torch.device | str = "cpu",
+        processes: Processes = ALONE,
+        cut: str | None = None,
     ) -> None:
         if len(train) == 0:
             raise ValueError(
@@ -78,14 +100,19 @@ class Trainer:
         self.best_loss: float | None = None
         self.evaluations_without_gain = 0
         self.whole = True  # False in the middle of a step, when there is nothing to be saved
+        self.processes, self.cut = processes, cut
+        self.shared = ALONE if cut == "vocabulary" else processes  # whom a batch is shared with
         self.loss: nn.Module = _Loss(model)
+        if processes.size > 1:
+            self.loss = parallel.spread(self.loss, model, self.device, processes, cut)
+        self._spread = self.loss
         if options.compile:
             self.loss = torch.compile(self.loss)
         self.optimizer = _optimizer(model, options)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.dtype == "fp16")
 
-    def _random(self, purpose: int) -> np.random.SeedSequence:
-        return np.random.SeedSequence((self.options.seed, self.step, purpose))
+    def _random(self, *purpose: int) -> np.random.SeedSequence:
+        return np.random.SeedSequence((self.options.seed, self.step, *purpose))
 
     def starts(self) -> np.ndarray:
         """Where the sequences of this step's batch start."""
@@ -105,17 +132,24 @@ class Trainer:
         self.whole = False
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate_at(self.step)
-        torch.manual_seed(int(self._random(_DROPOUT).generate_state(1, np.uint64)[0]))
+        rank = (self.shared.rank,) if self.shared.rank else ()  # other rows, other masks
+        torch.manual_seed(int(self._random(_DROPOUT, *rank).generate_state(1, np.uint64)[0]))
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for part in np.array_split(self.starts(), options.accumulation):
-            ids, targets = self.batch(part)
-            with self.autocast():
-                loss = self.loss(ids, targets) * (len(part) / options.batch_size)
-            self.scaler.scale(loss).backward()
+        parts = np.array_split(self.starts(), options.accumulation)
+        for number, part in enumerate(parts, 1):
+            rows, count = self.shared.share(part)
+            ids, targets = self.batch(rows)
+            # Gradients are averaged over processes: a part of the batch counts by its rows, whatever its size.
+            weight = count * self.shared.size / options.batch_size
+            with parallel.synchronised(self._spread, number == len(parts)):
+                with self.autocast():
+                    loss = self.loss(ids, targets) * weight
+                self.scaler.scale(loss).backward()
             total += loss.detach()
+        total = parallel.mean(total, self.shared)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip or math.inf)
+        norm = parallel.clip_(list(self.model.parameters()), options.clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
@@ -129,6 +163,7 @@ class Trainer:
                 self.loss,
                 lambda ids, targets: self.loss(ids.to(self.device), targets.to(self.device)),
                 self.test.in_order(self.options.batch_size, self.options.eval_words),
+                self.shared,
             )[0]
 
     def note(self, loss: float) -> bool:
@@ -149,7 +184,7 @@ class Trainer:
         }
 
     def checkpoint(self, tokenizer: str | None, source: dict) -> checkpoint.Checkpoint:
-        """The state of the run.
+        """The state of the run. All processes call this; the first gets the tensors.
 
         Raises
         ------
@@ -157,9 +192,14 @@ class Trainer:
             A parameter is not finite.
         """
         parameters = {name: p.detach() for name, p in self.model.named_parameters()}
-        for name, value in parameters.items():
-            if not value.isfinite().all():
-                raise ValueError(f"training has failed: {name} is not finite at step {self.step}")
+        names = list(parameters)
+        finite = [bool(parallel.local(value).isfinite().all()) for value in parameters.values()]
+        first = self.processes.most(len(names) - finite.index(False) if False in finite else 0)
+        if first:
+            name = names[len(names) - first]
+            raise ValueError(f"training has failed: {name} is not finite at step {self.step}")
+        tensors = {f"model.{name}": value for name, value in parameters.items()}
+        tensors |= {f"optimizer.{name}": value for name, value in self._optimizer_state().items()}
         return checkpoint.Checkpoint(
             model=self.options.model,
             config=self.model.config,
@@ -170,8 +210,7 @@ class Trainer:
             best_loss=self.best_loss,
             evaluations_without_gain=self.evaluations_without_gain,
             scaler=self.scaler.state_dict() or None,
-            tensors={f"model.{name}": value for name, value in parameters.items()}
-            | {f"optimizer.{name}": value for name, value in self._optimizer_state().items()},
+            tensors=parallel.gathered(tensors, self.processes),
         )
 
     def restore(self, state: checkpoint.Checkpoint, path: str | Path) -> None:
@@ -203,12 +242,15 @@ class Trainer:
 
 def _optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     """Biases and the gains of normalisations do not decay: they are no weights of a sum."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = []
+    for parameters in parallel.alike(model.parameters()):  # a fused step takes tensors of one kind
+        matrices = [p for p in parameters if p.dim() > 1]
+        rest = [p for p in parameters if p.dim() <= 1]
+        groups += [{"params": matrices, "weight_decay": options.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     # The fused step needs no temporary tensors of the parameters' size.
     if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum, fused=True)
+        fused = not any(parallel.is_cut(p) for p in model.parameters())  # DTensor has no fused step of SGD
+        return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 
 

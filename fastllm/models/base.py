@@ -57,7 +57,10 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, *self._head())
+        weight, bias = self._head()
+        if hasattr(weight, "full_tensor"):  # cut over processes: logits are of the whole vocabulary
+            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+        return nn.functional.linear(hidden, weight, bias)
 
     def _on(self, backend: str | None) -> contextlib.AbstractContextManager:
         name = backend if backend is not None else self.backend

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +62,10 @@ class MLPLanguageModel(LanguageModel):
         super().__init__(sizes, dropout, backend)
         self.embedding = Embedding(vocab_size, embedding_dim)
         widths = [context_length * embedding_dim] + [hidden_dim] * num_hidden_layers
-        self.hidden = nn.ModuleList(LinearReLU(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        layers = [LinearReLU(a, b) for a, b in itertools.pairwise(widths)]
+        self.hidden = nn.ModuleList(layers)
         self.output = nn.Linear(hidden_dim, vocab_size)
-        for layer in self.hidden:
+        for layer in layers:
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
 
@@ -74,7 +77,7 @@ class MLPLanguageModel(LanguageModel):
             length = ids.shape[-1]
             padded = nn.functional.pad(x, (0, 0, self.context_length - 1, 0))
             x = torch.cat([padded[..., k : k + length, :] for k in range(self.context_length)], dim=-1)
-        for layer in self.hidden:
+        for layer in cast("Sequence[LinearReLU]", self.hidden):
             x = F.linear_relu(x, layer.weight, layer.bias)
             if self.dropout > 0.0 and self.training:
                 x = nn.functional.dropout(x, self.dropout)

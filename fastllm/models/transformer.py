@@ -203,14 +203,16 @@ class _LayerCache:
     """Keys and values, ``(B, heads, words, head_dim)``, of the words that one layer has seen."""
 
     def __init__(self) -> None:
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
+        self.words: tuple[Tensor, Tensor] | None = None
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self.key is not None:
-            key, value = torch.cat([self.key, key], dim=-2), torch.cat([self.value, value], dim=-2)
-        self.key, self.value = key, value
-        return key, value
+        if self.words is not None:
+            key, value = (torch.cat(both, dim=-2) for both in zip(self.words, (key, value), strict=True))
+        self.words = key, value
+        return self.words
+
+    def __len__(self) -> int:
+        return 0 if self.words is None else self.words[0].shape[-2]
 
 
 class _Cache:
@@ -226,7 +228,7 @@ class _Cache:
     @property
     def length(self) -> int:
         """Words in the cache; in the middle of a pass the layers differ."""
-        return self.layers[0].key.shape[-2] if self.layers else 0
+        return len(self.layers[0]) if self.layers else 0
 
     def layer(self, number: int) -> _LayerCache:
         return self.layers.setdefault(number, _LayerCache())

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
-
-from fastllm.operations.flops import register
 
 LIBRARY = "fastllm"
 BACKENDS = ("fastllm_cuda", "fastllm_triton")  # namespaces in which a GPU backend registers its kernels
@@ -67,12 +66,15 @@ class Kernel:
         Its results for tensors without numbers: shapes, dtypes and strides.
     flops : callable
         Its floating-point operations, from the shapes of its arguments.
+    function : callable, optional
+        Serves every device by itself, out of PyTorch's and other kernel operations. None: the backends implement it.
     """
 
     name: str
     schema: str
     fake: Callable = no_result
     flops: Callable[..., int] = no_flops
+    function: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Operation:
     Parameters
     ----------
     name, schema : str
-        As for :class:`Kernel`.
+        As for :class:`Kernel`. None as schema: the public function calls its autograd node in Python, nothing between.
     function : callable
         Checks and autograd node in Python, for machines without the compiled extension.
     kernels : tuple of Kernel
@@ -94,8 +96,8 @@ class Operation:
     """
 
     name: str
-    schema: str
-    function: Callable
+    schema: str | None
+    function: Callable | None
     kernels: tuple[Kernel, ...]
     autocast: Autocast | None = None
     flops: Callable[..., int] = no_flops
@@ -110,10 +112,15 @@ def declare(operations: tuple[Operation, ...]) -> None:
     for space in BACKENDS:
         _libraries[space] = torch.library.Library(space, "DEF")
     for operation in operations:
-        library.define(operation.name + operation.schema)
+        if operation.schema is not None:
+            library.define(operation.name + operation.schema)
         for kernel in operation.kernels:
             library.define(kernel.name + kernel.schema)
             library.impl(kernel.name, kernel.fake, "Meta")
+            if kernel.function is not None:
+                library.impl(kernel.name, kernel.function, "CompositeExplicitAutograd")
+                library.impl(kernel.name, _refusing(kernel), "Autograd")
+                continue
             for space in BACKENDS:
                 _libraries[space].define(kernel.name + kernel.schema)
 
@@ -131,9 +138,9 @@ class _NotDifferentiable(torch.autograd.Function):
         raise RuntimeError(ctx.refusal)
 
 
-def _refusing(kernel: Kernel, refusal: str | None = None) -> Callable:
+def _refusing(kernel: Kernel) -> Callable:
     """The Autograd entry of a kernel operation."""
-    refusal = refusal or f"derivative for {LIBRARY}::{kernel.name} is not implemented"
+    refusal = f"derivative for {LIBRARY}::{kernel.name} is not implemented"
     operation = getattr(getattr(torch.ops, LIBRARY), kernel.name).default
 
     def call(*arguments):
@@ -149,17 +156,6 @@ def _refusing(kernel: Kernel, refusal: str | None = None) -> Callable:
     return differentiable
 
 
-def declare_for_any_device(kernel: Kernel, function: Callable, refusal: str | None = None) -> None:
-    """Declare a kernel operation that no backend has kernels for: ``function``, in PyTorch's operations, serves every
-    device. ``refusal`` is the error of whoever differentiates it."""
-    library = _libraries[LIBRARY]
-    library.define(kernel.name + kernel.schema)
-    library.impl(kernel.name, kernel.fake, "Meta")
-    library.impl(kernel.name, function, "CompositeExplicitAutograd")
-    library.impl(kernel.name, _refusing(kernel, refusal), "Autograd")
-    register({kernel.name: kernel.flops})
-
-
 def _autocast_rule(operation: Operation) -> tuple[str, bool, list[bool], int]:
     """Name, whether the dtype is the lower precision, which arguments are cast, and the index of the flag or -1."""
     rule = operation.autocast
@@ -170,7 +166,7 @@ def _autocast_rule(operation: Operation) -> tuple[str, bool, list[bool], int]:
     return operation.name, rule.lower_precision, [name not in rule.keep for name in names], flag
 
 
-def autocast_to(value: object, dtype: torch.dtype, device_type: str) -> object:
+def autocast_to(value: Any, dtype: torch.dtype, device_type: str) -> Any:
     """A tensor as autocast hands it to an operation: float64, other devices' and whatever else stays as it is."""
     eligible = (
         isinstance(value, torch.Tensor)
@@ -206,7 +202,8 @@ def _cast(operation: Operation, device_type: str) -> Callable:
 def complete_in_extension(operations: tuple[Operation, ...], extension: ModuleType) -> None:
     """Register, in C++, what follows from the declarations: autocast, the refusal of derivatives, routing to a backend."""
     rules = [_autocast_rule(operation) for operation in operations if operation.autocast is not None]
-    extension.complete_declarations(rules, [kernel.name for operation in operations for kernel in operation.kernels])
+    kernels = [k.name for operation in operations for k in operation.kernels if k.function is None]
+    extension.complete_declarations(rules, kernels)
 
 
 def implement_in_python(operations: tuple[Operation, ...], override: bool = False) -> None:
@@ -217,10 +214,11 @@ def implement_in_python(operations: tuple[Operation, ...], override: bool = Fals
     library = torch.library.Library(LIBRARY, "IMPL")
     _libraries[f"{LIBRARY} in Python"] = library
     for operation in operations:
-        for key in ("Autograd", "CompositeExplicitAutograd"):
+        for key in ("Autograd", "CompositeExplicitAutograd") if operation.function is not None else ():
             library.impl(operation.name, operation.function, key, allow_override=override)
         if operation.autocast is not None:
             for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"), ("xpu", "AutocastXPU")):
                 library.impl(operation.name, _cast(operation, device_type), key, allow_override=override)
         for kernel in operation.kernels:
-            library.impl(kernel.name, _refusing(kernel), "Autograd", allow_override=override)
+            if kernel.function is None:
+                library.impl(kernel.name, _refusing(kernel), "Autograd", allow_override=override)

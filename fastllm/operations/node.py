@@ -1,7 +1,8 @@
-"""What the autograd nodes in Python share: gradients that were formed in forward, and second derivatives."""
+"""What the autograd nodes in Python share: gradients that were formed in forward, second derivatives, the backend."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,3 +89,24 @@ def differentiate(
         output = definition(*arguments)
         found = iter(torch.autograd.grad(output, leaves, grad_output, create_graph=True, allow_unused=True))
     return [next(found) if want else None for want in wanted]
+
+
+# --- the backend of a forward pass: backward runs in threads of the autograd engine -----------------------------------
+
+_get_backend: Callable[[], str] | None = None
+_use_backend: Callable[[str], contextlib.AbstractContextManager] | None = None
+
+
+def know_backends(get: Callable[[], str], use: Callable[[str], contextlib.AbstractContextManager]) -> None:
+    """``fastllm.backends`` gives its functions ``get_backend`` and ``use_backend``."""
+    global _get_backend, _use_backend
+    _get_backend, _use_backend = get, use
+
+
+def chosen_backend() -> str | None:
+    """The backend chosen in this thread, for :func:`same_backend`. None: traced code, which chooses when it runs."""
+    return None if torch.compiler.is_compiling() else _get_backend()
+
+
+def same_backend(name: str) -> contextlib.AbstractContextManager:
+    return _use_backend(name)

@@ -89,11 +89,57 @@ T narrow(A x) {
     return static_cast<T>(x);
 }
 
+template <class T>
+Words load_words_streaming(const T* p) {
+  return same_bits<Words>(load_vec<kVec<T>>(p));
+}
+template <class T>
+void widen_words(const Words& x, float (&z)[kVec<T>]) {
+  const auto items = same_bits<Vec<T, kVec<T>>>(x);
+  for (int i = 0; i < kVec<T>; ++i) z[i] = widen(items.items[i]);
+}
+template <class V>
+Words words_of(const V& group) {
+  return same_bits<Words>(group);
+}
+template <class T>
+unsigned greater_of_words(unsigned a, unsigned b) {
+  constexpr int N = 4 / sizeof(T);
+  auto high = same_bits<Vec<T, N>>(a);
+  const auto other = same_bits<Vec<T, N>>(b);
+  for (int i = 0; i < N; ++i) {
+    const float x = widen(high.items[i]), y = widen(other.items[i]);
+    if (std::isnan(x) || y > x) high.items[i] = other.items[i];
+  }
+  return same_bits<unsigned>(high);
+}
+template <class T, int N, class A>
+Vec<T, N> narrow_items(const A (&x)[N]) {
+  Vec<T, N> items;
+  for (int i = 0; i < N; ++i) items.items[i] = narrow<T>(x[i]);
+  return items;
+}
+
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline double exp2_fast(double x) { return std::exp2(x); }
 
+template <class A>
+A times(A a, A b) {
+  A product = a * b;
+  asm("" : "+x"(product));
+  return product;
+}
+
 inline float greater_of(float a, float b) { return std::fmax(a, b); }
 inline double greater_of(double a, double b) { return std::fmax(a, b); }
+template <class A>
+A greater_or_nan(A a, A b) {
+  return a > b || a != a ? a : b;
+}
+template <class A>
+A lesser_or_nan(A a, A b) {
+  return a < b || a != a ? a : b;
+}
 
 // --- threads ----------------------------------------------------------------------------------------------------
 
