@@ -139,6 +139,24 @@ def test_however_many_threads(name):
             assert torch.equal(got, want)
 
 
+@pytest.mark.skipif(EMULATED, reason="about how the CPU writes large gradients")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_beyond_the_caches(dtype):
+    """The blocks in which a row is summed do not follow where its gradient stands."""
+    rows, classes = (900, 20003) if dtype == torch.float32 else (1700, 20003)
+    x, y = drawn(torch.empty(rows, classes, dtype=dtype)) * 20, torch.arange(rows)
+
+    def gradient(x, y):
+        leaf = x.requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(leaf, y, reduction="sum"), leaf)[0]
+
+    with fastllm.batch_invariant():
+        whole = gradient(x.clone(), y)
+        for first, size in ((0, 1), (1, 1), (3, 8), (rows - 5, 5)):
+            part = slice(first, first + size)
+            assert torch.equal(gradient(x[part].clone(), y[part]), whole[part])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_against_float64(dtype):
     """Sizes on both sides of what a task, a panel and a piece of the kernel hold, with bias and ReLU."""

@@ -191,7 +191,7 @@ acc_t<T> distribution_loss(const T* x, const T* q, const acc_t<T>* weight, acc_t
 
 template <class T>
 bool streams(const CrossEntropyRows& r) {
-  return r.grad != r.logits && r.rows * r.classes * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
+  return !r.fixed_blocks && r.grad != r.logits && r.rows * r.classes * static_cast<int64_t>(sizeof(T)) > kStreamBytes;
 }
 
 // Subtracts the row's target distribution from a vector of scaled probabilities.

@@ -31,7 +31,10 @@ struct CrossEntropyRows {
   int64_t grad_stride;
   double scale;
   const void* row_scale;  // (rows) acc, or null
-  void* scratch;          // num_threads() * cross_entropy_scratch(classes) acc
+  // Large gradients are streamed past the caches, and the blocks in which a row is summed then begin where its gradient
+  // lets streaming begin. `fixed_blocks`: neither, so that a row's bits do not depend on where it stands.
+  bool fixed_blocks;
+  void* scratch;  // num_threads() * cross_entropy_scratch(classes) acc
 };
 
 constexpr int64_t kCrossEntropyBlock = 1024;

@@ -153,6 +153,7 @@ cpu::CrossEntropyRows RowLoss::rows(const Tensor& logits, int64_t first, const T
     r.grad = grad.mutable_data_ptr();
     r.grad_stride = grad.stride(0);
   }
+  r.fixed_blocks = backend::batch_invariant();
   r.scale = scale;
   r.row_scale = row_scale.defined() ? data(row_scale) : nullptr;
   if (!scratch_.defined()) {

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllm import invariance
 from fastllm.operations.cross_entropy import has_contiguous_rows
 from fastllm.triton.common import ACCUMULATORS, ASSERTING, check_indices, constant, launch
 
@@ -470,8 +471,13 @@ def _stride(incoming: Tensor | None) -> tuple[int]:
 
 
 def _walkable(logits: Tensor) -> Tensor:
-    """Logits whose rows are contiguous and apart."""
-    return logits if has_contiguous_rows(logits) else logits.contiguous()
+    """Logits whose rows are contiguous and apart; batch-invariant: each at a 16-byte boundary, from which it is summed."""
+    logits = logits if has_contiguous_rows(logits) else logits.contiguous()
+    pieces = 16 // logits.element_size()
+    if not invariance.active() or (logits.data_ptr() % 16 == 0 and logits.stride(0) % pieces == 0):
+        return logits
+    rows, classes = logits.shape
+    return logits.new_empty(rows, -(-classes // pieces) * pieces)[:, :classes].copy_(logits)
 
 
 def forward(input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, need_grad):

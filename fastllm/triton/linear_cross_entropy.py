@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllm import invariance
 from fastllm.operations.chunks import GPU_WORKSPACE, chunk_rows
 from fastllm.triton.common import ACCUMULATORS, constant, launch
 from fastllm.triton.cross_entropy import NONE, RowLoss
@@ -65,14 +66,11 @@ def _walk(input, linear_weight, linear_bias, rows: RowLoss, incoming, needs) -> 
     for first in range(0, n, chunk):
         x = input[first : first + chunk]
         z = buffer[: x.size(0)]
-        if linear_bias is None:
-            torch.mm(x, linear_weight.t(), out=z)
-        else:
-            torch.addmm(linear_bias, x, linear_weight.t(), out=z)
+        invariance.product(x, linear_weight.t(), linear_bias, out=z)
         by_row = incoming if incoming is None or incoming.dim() == 0 else incoming[first : first + chunk]
         rows.forward(z, loss[first : first + chunk], softmax[:, : x.size(0)], z if any(needs) else None, by_row, first)
         if need_input:
-            torch.mm(z, linear_weight, out=grad_input[first : first + chunk])
+            invariance.product(z, linear_weight, out=grad_input[first : first + chunk])
         if need_weight:
             _add_product(grad_weight, z.t(), x, first == 0)
         if need_bias:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastllm import invariance
 from fastllm.triton import gemm
 from fastllm.triton.common import ACCUMULATORS, constant, launch
 
@@ -58,12 +59,12 @@ def _grid(rows: int, columns: int) -> tuple[int]:
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """input (M, K) weight (N, K)^T + bias (N,), and its ReLU where asked."""
-    if relu and gemm.serves(input) and input.numel() > 0 and weight.numel() > 0:
+    if relu and not invariance.active() and gemm.serves(input) and input.numel() > 0 and weight.numel() > 0:
         bias = None if bias is None else bias.contiguous()
         return gemm.product(input, weight, turned=True, bias=bias, relu=True)[0]
     if not relu:
-        return torch.nn.functional.linear(input, weight, bias)
-    y = torch.mm(input, weight.t())
+        return invariance.product(input, weight.t(), bias)
+    y = invariance.product(input, weight.t())
     bias = None if bias is None else bias.contiguous()
     launch(_bias_relu, _grid(*y.shape), y, y, bias, *y.shape,
            BIAS=bias is not None, RELU=True, ROWS=ROWS, COLUMNS=COLUMNS, ACC=constant(ACCUMULATORS[y.dtype]))  # fmt: skip
@@ -91,6 +92,6 @@ def forward(input, weight, bias):
 def backward(grad_output, output, input, weight, need_input, need_weight, need_bias):
     """Gradients of input, weight and bias, each an empty tensor where it is not needed."""
     dz, grad_bias = masked(grad_output, output, need_bias)
-    grad_input = torch.mm(dz, weight) if need_input else output.new_empty(0)
+    grad_input = invariance.product(dz, weight) if need_input else output.new_empty(0)
     grad_weight = torch.mm(dz.t(), input) if need_weight else output.new_empty(0)
     return grad_input, grad_weight, grad_bias

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastllm import invariance
 from fastllm.triton import gemm
 from fastllm.triton.common import ACCUMULATORS
 from fastllm.triton.linear_relu import linear, masked
@@ -23,10 +24,10 @@ def forward(input, weight1, bias1, weight2, bias2):
 
 def _hidden_gradient(grad_output: Tensor, weight2: Tensor, hidden: Tensor, need_bias: bool) -> tuple[Tensor, Tensor]:
     """Masked gradient (M, H) of the hidden layer, and that of its bias if needed (else an empty tensor)."""
-    if gemm.serves(hidden) and hidden.numel() > 0 and grad_output.numel() > 0:
+    if not invariance.active() and gemm.serves(hidden) and hidden.numel() > 0 and grad_output.numel() > 0:
         dz, sums = gemm.product(grad_output, weight2, turned=False, hidden=hidden.contiguous(), sums=need_bias)
         return dz, sums.to(hidden.dtype) if need_bias else hidden.new_empty(0)
-    return masked(torch.mm(grad_output, weight2), hidden, need_bias)
+    return masked(invariance.product(grad_output, weight2), hidden, need_bias)
 
 
 def backward(grad_output, hidden, input, weight1, weight2, need_input, need_weight1, need_bias1, need_weight2,
@@ -36,7 +37,7 @@ def backward(grad_output, hidden, input, weight1, weight2, need_input, need_weig
     if need_input or need_weight1 or need_bias1:
         dz, grad_bias1 = _hidden_gradient(grad_output, weight2, hidden, need_bias1)
         if need_input:
-            grad_input = torch.mm(dz, weight1)
+            grad_input = invariance.product(dz, weight1)
         if need_weight1:
             grad_weight1 = torch.mm(dz.t(), input)
     if need_weight2:
