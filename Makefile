@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV_PYTHON = .venv/bin/python
 PIP_INSTALL = $(VENV_PYTHON) -m pip install --disable-pip-version-check --progress-bar off
 PIP_WHEEL = $(VENV_PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
-SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h) $(wildcard fastllm/_build/*.py) setup.py pyproject.toml
+SOURCES = $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh csrc/ops/cuda/*) $(wildcard fastllm/_build/*.py) setup.py pyproject.toml
 
 .PHONY: demo test test-all check test-asan bench bench-quick bench-all plots readme-benchmarks wheel wheel-pure docs gpu-check clean
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import cases  # noqa: E402
-import harness  # noqa: E402
-import machine  # noqa: E402
-import torch  # noqa: E402
-from cases import Entry  # noqa: E402
+import cases
+import harness
+import machine
+import torch
+from cases import Entry
 
-import fastllm  # noqa: E402
+import fastllm
 
 ENTRIES = [
     Entry(make, named, dtype, n)

@@ -174,7 +174,7 @@ def graph(code: Sequence[Instruction]) -> tuple[list[list[Instruction]], Edges]:
         if last.target in place:
             edges[number].append(block_at[place[last.target]])
         # With a predicate, or a condition among its operands, a branch may not be taken.
-        conditional = bool(last.guard) or last.word == "BRA" and "," in last.operands
+        conditional = bool(last.guard) or (last.word == "BRA" and "," in last.operands)
         if (last.word not in ends or conditional) and number + 1 < len(blocks):
             edges[number].append(number + 1)
     return blocks, edges
@@ -268,7 +268,7 @@ def heaviest(
         options: list[tuple[tuple[int, int, int], int | None]] = [
             (best[b][0], b) for b in edges[number] if b in best and (number, b) not in backwards
         ]
-        if header in edges[number] or header is None and not edges[number]:
+        if header in edges[number] or (header is None and not edges[number]):
             options.append(((0, 0, 0), None))
         if options:
             rest, following = max(options, key=lambda option: option[0])

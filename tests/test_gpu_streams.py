@@ -257,7 +257,7 @@ def test_a_graph_of_several_chunks(monkeypatch, dtype):
 
 # To 16384 ids of few rows one block sorts; more go to a sort of the whole device, in chunks of 32 ids or, of more than
 # 65536, of 64.
-@pytest.mark.parametrize("count, rows", [(16_384, 128_256), (16_384, 262_144), (20_000, 500), (70_000, 3000)])
+@pytest.mark.parametrize(("count", "rows"), [(16_384, 128_256), (16_384, 262_144), (20_000, 500), (70_000, 3000)])
 def test_many_ids(count, rows):
     count, rows = sized(count, count // 100), sized(rows, rows // 100)
     ids = (torch.rand(count) ** 4 * rows).long()  # some rows often, many never

@@ -8,7 +8,7 @@ import pytest
 import test_cuda_aot
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import machine_code  # noqa: E402
+import machine_code
 
 # A loop of two 16-byte loads and stores, with a load where a predicate holds; then a loop that only stores zeros.
 SASS = """

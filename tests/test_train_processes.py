@@ -17,9 +17,9 @@ from processes import Processes
 pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
 pytest.importorskip("safetensors", reason="the package safetensors is not installed")
 
-from fastllm.lm import checkpoint, processes, records  # noqa: E402
-from fastllm.lm.cli import main  # noqa: E402
-from fastllm.lm.training import Trainer  # noqa: E402
+from fastllm.lm import checkpoint, processes, records
+from fastllm.lm.cli import main
+from fastllm.lm.training import Trainer
 
 SMALL = (
     "--batch-size 5 --accumulation 2 --sequence-length 8 --tokenizer char --width 16 --hidden 32 --warmup 5 "

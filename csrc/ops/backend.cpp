@@ -48,7 +48,9 @@ bool batch_invariant() { return backward_invariant || process_invariant.load(std
 void set_batch_invariant(bool invariant) { process_invariant.store(invariant, std::memory_order_relaxed); }
 
 // Also an operation: the emulated CUDA layer of the tests is a library of its own.
-TORCH_LIBRARY(fastllm_mode, m) { m.def("batch_invariant() -> bool", [] { return batch_invariant(); }); }
+TORCH_LIBRARY(fastllm_mode, m) {
+  m.def("batch_invariant() -> bool", [] { return batch_invariant(); });
+}
 
 void route(const std::vector<std::string>& kernels) {
   const auto handle = [](const std::string& name) {

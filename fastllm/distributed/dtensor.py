@@ -181,10 +181,7 @@ def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, reductio
     class_dim = 0 if input.dim() == 1 else 1
     layout = _layout("cross_entropy", "input", input, class_dim, input, "input")
     logits = input.to_local()
-    if target.is_floating_point():
-        y = layout.classes("target", target, class_dim)
-    else:
-        y = layout.rows("target", target)
+    y = layout.classes("target", target, class_dim) if target.is_floating_point() else layout.rows("target", target)
     w = layout.classes("weight", weight)
     function = F.cross_entropy if layout.mesh_dim is None else _cross_entropy
     options |= {"reduction": reduction, "num_items": num_items, **layout.keywords}
@@ -197,10 +194,11 @@ def linear_cross_entropy(
     op = "linear_cross_entropy"
     layout = _layout(op, "linear_weight", linear_weight, 0, input, "input")
     x, head = layout.rows("input", input), layout.classes("linear_weight", linear_weight)
-    if target.is_floating_point():
-        y = layout.classes("target", target, target.dim() - 1)
-    else:
-        y = layout.rows("target", target)
+    y = (
+        layout.classes("target", target, target.dim() - 1)
+        if target.is_floating_point()
+        else layout.rows("target", target)
+    )
     options["linear_bias"] = layout.classes("linear_bias", linear_bias)
     options["weight"] = layout.classes("weight", weight)
     function = F.linear_cross_entropy if layout.mesh_dim is None else _linear_cross_entropy

@@ -507,7 +507,7 @@ def backward(grad_output, input, target, weight, softmax, *options):
 
 def backward_(grad_output, input, target, weight, softmax, *options):
     """As :func:`backward`, over the logits."""
-    if _walkable(input) is not input:
+    if not has_contiguous_rows(input):
         raise RuntimeError(
             f"cross_entropy_backward_: input's rows must be contiguous and apart, got strides {input.stride()}"
         )

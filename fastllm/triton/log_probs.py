@@ -343,7 +343,7 @@ def _statistics_gradient(
                        grad_entropy is not None, SOFTCAP, FINE, ACC)  # fmt: skip
     tl.store(grad_row + edge_columns, d_edge.to(grad.dtype.element_ty), mask=edge_mask)
     for first in tl.range(0, groups, GROUPS):
-        columns, mask = _group_columns(first, head, groups, GROUPS, VEC)
+        _columns, mask = _group_columns(first, head, groups, GROUPS, VEC)
         d = _gradient(_aligned(logits_row, head, first, GROUPS, VEC, BYTES), mask, inverse, softcap, top, scaled,
                       g_scaled, offset, grad_entropy is not None, SOFTCAP, FINE, ACC)  # fmt: skip
         tl.store(_aligned(grad_row, head, first, GROUPS, VEC, BYTES), d.to(grad.dtype.element_ty), mask=mask)
