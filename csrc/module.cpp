@@ -28,6 +28,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("current_backend", &fastllm::backend::current);
   m.def("set_process_backend", &fastllm::backend::set_for_process);
   m.def("set_thread_backend", &fastllm::backend::set_for_thread);
+  m.def("batch_invariant", &fastllm::backend::batch_invariant);
   m.def("set_batch_invariant", &fastllm::backend::set_batch_invariant);
   m.def("pool_limit", [] { return fastllm::pool::stats().limit; });
   m.def("set_pool_limit", [](int64_t bytes) {

@@ -33,9 +33,15 @@ _depth = 0  # of `with` blocks that are open, in all threads: a backward pass ru
 _lock = threading.Lock()
 
 
-def active() -> bool:
-    """Whether products are batch-invariant now."""
+def _in_process() -> bool:
     return _default or _depth > 0
+
+
+def active() -> bool:
+    """Whether products are batch-invariant now: in this process, or in the backward pass that runs in this thread."""
+    if _native.extension is None or torch.compiler.is_compiling():
+        return _in_process()
+    return _native.extension.batch_invariant()
 
 
 def _enter(change: int) -> None:
@@ -43,7 +49,7 @@ def _enter(change: int) -> None:
     with _lock:
         _depth += change
         if _native.extension is not None:
-            _native.extension.set_batch_invariant(active())
+            _native.extension.set_batch_invariant(_in_process())
 
 
 _enter(0)
