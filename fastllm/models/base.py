@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ class LanguageModel(nn.Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         weight, bias = self._head()
         if hasattr(weight, "full_tensor"):  # cut over processes: logits are of the whole vocabulary
-            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+            whole: Any = [None if t is None else t.full_tensor() for t in (weight, bias)]
+            weight, bias = whole
         return nn.functional.linear(hidden, weight, bias)
 
     def _on(self, backend: str | None) -> contextlib.AbstractContextManager:
