@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as TF
 
 from fastllm.distributed.shard import Shard
-from fastllm.operations.chunks import chunk_rows, rows_within
+from fastllm.operations.chunks import chunk_rows
 from fastllm.operations.declaration import accumulator
 
 WORKSPACE = 80 << 20  # bytes of logits held at once, unless FASTLLM_LOSS_WORKSPACE gives another number
@@ -62,7 +62,7 @@ class Rows:
             self.ignored = target == ignore_index
             self.mine, self.place = shard.here(target.masked_fill(self.ignored, -1))
         item = self.dtype.itemsize
-        step = chunk_rows(self.count, shard.size, item, rows_within(WORKSPACE, shard.size, item))
+        step = chunk_rows(self.count, shard.size, item, WORKSPACE)
         self.parts = [slice(k, k + step) for k in range(0, self.count if shard.size else 0, step)]
 
     def logits(self, part: slice) -> tuple[Tensor, Tensor | None]:
