@@ -180,13 +180,14 @@ def overview(report: dict) -> str:
     """README's table: over all shapes and dtypes measured, the least and the most of each kind of case."""
     rows = []
     for operation, replaced in REPLACES.items():
-        cases = [
+        timed = [
             case
             for case in report["cases"]
-            if trouble(case) is None and (case["op"] == operation or case["op"].split()[0] == operation == "embedding")
+            if case["op"] == operation or case["op"].split()[0] == operation == "embedding"
         ]
-        if not cases:  # a report of before the operation was timed
+        if not timed:  # a report of before there was the operation
             continue
+        cases = [case for case in timed if trouble(case) is None]
         speeds = sorted(ratio(case) for case in cases)
         memory = sorted(
             max(case["extra_peak"]["fastllm"], 0) / case["extra_peak"]["eager"]

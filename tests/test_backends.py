@@ -339,7 +339,7 @@ def test_eager_agrees_on_every_operation():
 def test_info():
     report = fastllm.info()
     assert report["torch"] == torch.__version__
-    assert set(report["operations"]) == set(fastllm.backends.OPERATIONS)
+    assert set(report["operations"]) == set(fastllm.operations.FUNCTIONS)
     for served in report["operations"].values():
         accelerated = [b for b in ("cuda", "triton") if fastllm.backends.TABLE[b].missing is None]
         assert served == f"CPU tensors: cpu; CUDA tensors: {accelerated[0] if accelerated else 'eager'}"

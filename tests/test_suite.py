@@ -32,7 +32,7 @@ NEEDED = {
     ),
 }
 ABSENT = (file for package, files in NEEDED.items() if importlib.util.find_spec(package) is None for file in files)
-ELSEWHERE = ("test_gpu.py", *ABSENT)
+ELSEWHERE = ("test_gpu.py", "test_gpu_streams.py", *ABSENT)
 COLLECT = """
 import json, sys, pytest
 class Collected:
