@@ -20,7 +20,6 @@ from fastllm.operations import OPERATIONS
 
 TRITON = 3  # the backend's number in csrc/ops/backend.h
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WITHOUT_LAUNCHERS = frozenset({"log_probs"})  # operations that have no file here yet
 DEVICE_TYPES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")
 
 
@@ -71,8 +70,6 @@ def register() -> None:
     backend, plain = torch.library.Library("fastllm_triton", "IMPL"), torch.library.Library("fastllm", "IMPL")
     _libraries.extend((backend, plain))
     for operation in OPERATIONS:
-        if operation.name in WITHOUT_LAUNCHERS:
-            continue
         for kernel in operation.kernels:
             if kernel.function is not None:
                 continue
