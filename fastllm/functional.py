@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +24,7 @@ from torch.nn import _reduction
 from fastllm import eager
 from fastllm.backends import _PLAIN, has_kernels, holds_numbers, native
 from fastllm.operations import log_probs as _log_probs
-from fastllm.operations.checks import check_linear
+from fastllm.operations.checks import check_linear, is_placed
 from fastllm.operations.declaration import DTYPES, REDUCTIONS, accumulator, autocast_to
 from fastllm.operations.log_probs import LogProbs
 
@@ -47,15 +46,6 @@ _ACCEPTED: dict[type, tuple[type, ...]] = {  # by PyTorch, for an argument of th
     bool: (bool, torch.SymBool),
     float: (numbers.Real, torch.SymInt, torch.SymFloat, Tensor),
 }
-
-
-def _are_placed(*tensors: Tensor) -> bool:
-    """Whether one of the tensors is a ``DTensor``: what its processes hold is ``fastllm.distributed``'s work.
-
-    Callers ask only where a tensor is of no plain type.
-    """
-    module = sys.modules.get("torch.distributed.tensor")  # without it there is none
-    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
 def _reduction_name(op: str, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> str:
@@ -260,7 +250,7 @@ def embedding(
     -----
     Signature and semantics of :func:`torch.nn.functional.embedding`.
     """
-    if type(weight) not in _PLAIN and _are_placed(weight, input):
+    if type(weight) not in _PLAIN and (is_placed(weight) or is_placed(input)):
         from fastllm.distributed import dtensor
 
         return dtensor.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
@@ -497,7 +487,7 @@ def cross_entropy(
     if type(ignore_index) is not int:
         ignore_index = _integer("cross_entropy", "ignore_index", ignore_index)
     _check_numbers("cross_entropy", label_smoothing, lse_square_scale, softcap)
-    if type(input) not in _PLAIN and _are_placed(input):
+    if type(input) not in _PLAIN and is_placed(input):
         from fastllm.distributed import dtensor
 
         return dtensor.cross_entropy(
@@ -610,7 +600,7 @@ def linear_cross_entropy(
     given; here -100 counts as not given.
     """
     op = "linear_cross_entropy"
-    if type(linear_weight) not in _PLAIN and _are_placed(linear_weight, input):
+    if type(linear_weight) not in _PLAIN and (is_placed(linear_weight) or is_placed(input)):
         from fastllm.distributed import dtensor
 
         return dtensor.linear_cross_entropy(
@@ -844,7 +834,7 @@ def linear_log_probs(
     not match.
     """
     op = "linear_log_probs"
-    if type(linear_weight) not in _PLAIN and _are_placed(linear_weight, input):
+    if type(linear_weight) not in _PLAIN and (is_placed(linear_weight) or is_placed(input)):
         from fastllm.distributed import dtensor
 
         return dtensor.linear_log_probs(

@@ -21,9 +21,6 @@ namespace {
 constexpr int kAccumulators = 12;  // vectors of one tile: with its operands they fill 16 registers
 constexpr int64_t kBlock = 64;     // classes summed before they join a total, which bounds the error of long sums
 
-template <class T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
-
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // sum[i][k] = sum over p < n of a[i a_row + p a_inner] times vector k of b's row p, rows b_row apart.

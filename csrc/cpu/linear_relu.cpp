@@ -13,19 +13,6 @@ namespace {
 
 constexpr int64_t kGrain = 32768;  // items worth a thread
 
-template <class T>
-FASTLLM_INLINE vec<acc_t<T>> load_some(const T* p, int64_t size) {
-  return size == lanes<T> ? load(p) : load_partial(p, size, acc_t<T>(0));
-}
-
-template <class T>
-FASTLLM_INLINE void store_some(T* p, vec<acc_t<T>> v, int64_t size) {
-  if (size == lanes<T>)
-    store(p, v);
-  else
-    store_partial(p, v, size);
-}
-
 // One vector of row i of c. A column-major c is written item by item: it is small.
 template <class T>
 FASTLLM_INLINE void put(const SmallProduct& s, vec<acc_t<T>> v, int64_t i, int64_t j, int64_t size) {

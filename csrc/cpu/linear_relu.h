@@ -1,22 +1,13 @@
 #pragma once
 #include "isa.h"
+#include "product.h"
 #include "types.h"
 
 namespace fastllm::cpu {
 
 // A product small enough that a library's set-up would cost more than its arithmetic.
-struct SmallProduct {
-  DType dtype;
-  const void* a;  // (rows, inner), element (i, p) at i * a_row + p * a_inner
-  int64_t a_row, a_inner;
-  const void* b;  // (inner, columns), element (p, j) at p * b_inner + j * b_column
-  int64_t b_inner, b_column;
-  const void* bias;  // (columns) or null
-  bool relu;
-  void* c;  // (rows, columns), element (i, j) at i * c_row + j * c_column
-  int64_t c_row, c_column;
+struct SmallProduct : Product {
   void* column_sums;  // (columns): sum of b over inner, or null
-  int64_t rows, inner, columns;
 };
 // Which products are taken: few multiply-adds, or a short inner or outer dimension, where a library packs more than it
 // multiplies (measured against MKL and oneDNN on the shapes of the small model, batch 32 to 1024).

@@ -106,12 +106,9 @@ void task(const RowProduct& s, int64_t i, int64_t rows, int64_t j, int64_t colum
     for (int64_t k = 0; k < columns; k += w) {
       const int64_t size = columns - k < w ? columns - k : w;
       vec<A> v = load(total + r * kStripe<T> + k);
-      if (bias != nullptr) v += size == w ? load(bias + k) : load_partial(bias + k, size, A(0));
+      if (bias != nullptr) v += load_some(bias + k, size);
       if (s.relu) v = v <= 0 ? vec<A>{} : v;  // NaN stays
-      if (size == w)
-        store(c + k, v);
-      else
-        store_partial(c + k, v, size);
+      store_some(c + k, v, size);
     }
   }
 }

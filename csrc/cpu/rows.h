@@ -5,9 +5,6 @@
 namespace fastllm::cpu {
 namespace {  // internal linkage: a copy per instruction set, never merged by the linker
 
-template <class A>
-constexpr A kInfinity = std::numeric_limits<A>::infinity();
-
 template <class T>
 FASTLLM_INLINE acc_t<T> row_max(const T* x, int64_t n) {
   using A = acc_t<T>;
@@ -113,11 +110,6 @@ FASTLLM_INLINE void write_row(Sink<T> sink, int64_t n, F value, P pair) {
 template <class A>
 FASTLLM_INLINE A with_plain_nan(A x) {
   return x != x ? std::numeric_limits<A>::quiet_NaN() : x;
-}
-
-template <class T>
-FASTLLM_INLINE vec<acc_t<T>> load_some(const T* p, int64_t size) {
-  return size == lanes<T> ? load(p) : load_partial(p, size, acc_t<T>(0));
 }
 
 }  // namespace

@@ -48,6 +48,9 @@ template <class T>
 constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(acc_t<T>));
 
 template <class A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+template <class A>
 FASTLLM_INLINE vec<A> splat(A value) {
   return value - vec<A>{};
 }
@@ -221,6 +224,19 @@ FASTLLM_INLINE void store_partial(T* p, vec<acc_t<T>> v, int64_t n) {
   store(buffer, v);
   for (int i = 0; i < lanes<T>; ++i)
     if (i < n) p[i] = buffer[i];
+}
+
+// A whole vector, or the first `n` lanes of one; lanes that are not loaded are 0.
+template <class T>
+FASTLLM_INLINE vec<acc_t<T>> load_some(const T* p, int64_t n) {
+  return n == lanes<T> ? load(p) : load_partial(p, n, acc_t<T>(0));
+}
+template <class T>
+FASTLLM_INLINE void store_some(T* p, vec<acc_t<T>> v, int64_t n) {
+  if (n == lanes<T>)
+    store(p, v);
+  else
+    store_partial(p, v, n);
 }
 
 // --- arithmetic -------------------------------------------------------------------------------------------------

@@ -67,27 +67,31 @@ struct Operand {
   int64_t stride(int64_t d) const { return matrix.stride(turned ? 1 - d : d); }
 };
 
+void describe(cpu::Product* s, const Tensor& c, Operand a, Operand b, const Tensor& bias, bool relu) {
+  s->dtype = dtype_tag(a.matrix);
+  s->a = data(a.matrix);
+  s->a_row = a.stride(0);
+  s->a_inner = a.stride(1);
+  s->b = data(b.matrix);
+  s->b_inner = b.stride(0);
+  s->b_column = b.size(1) > 1 ? b.stride(1) : 1;
+  s->bias = bias.defined() ? data(bias) : nullptr;
+  s->relu = relu;
+  s->c = c.mutable_data_ptr();
+  s->c_row = c.stride(0);
+  s->c_column = c.size(1) > 1 ? c.stride(1) : 1;
+  s->rows = a.size(0);
+  s->inner = a.size(1);
+  s->columns = b.size(1);
+}
+
 bool run_small(const Tensor& c, Operand a, Operand b, const Tensor& bias, bool relu, const Tensor& column_sums) {
   const bool turned = b.size(1) > 1 && b.stride(1) != 1;
   if (!cpu::is_small_product(a.size(0), a.size(1), b.size(1), turned)) return false;
   if (a.size(1) == 0 || c.numel() == 0) return false;  // the kernel visits no row: column_sums would stay as they are
   cpu::SmallProduct s{};
-  s.dtype = dtype_tag(a.matrix);
-  s.a = data(a.matrix);
-  s.a_row = a.stride(0);
-  s.a_inner = a.stride(1);
-  s.b = data(b.matrix);
-  s.b_inner = b.stride(0);
-  s.b_column = turned ? b.stride(1) : 1;
-  s.bias = bias.defined() ? data(bias) : nullptr;
-  s.relu = relu;
-  s.c = c.mutable_data_ptr();
-  s.c_row = c.stride(0);
-  s.c_column = c.size(1) > 1 ? c.stride(1) : 1;
+  describe(&s, c, a, b, bias, relu);
   s.column_sums = column_sums.defined() ? column_sums.mutable_data_ptr() : nullptr;
-  s.rows = a.size(0);
-  s.inner = a.size(1);
-  s.columns = b.size(1);
   cpu::linear_relu().small_product(s);
   return true;
 }
@@ -102,20 +106,7 @@ bool try_small_product(const Tensor& c, const Tensor& a, const Tensor& b, const 
 bool try_row_product(const Tensor& c, const Tensor& a, const Tensor& b, const Tensor& bias, bool relu) {
   if (!backend::batch_invariant()) return false;
   cpu::RowProduct s{};
-  s.dtype = dtype_tag(a);
-  s.a = data(a);
-  s.a_row = a.stride(0);
-  s.a_inner = a.stride(1);
-  s.b = data(b);
-  s.b_inner = b.stride(0);
-  s.b_column = b.stride(1);
-  s.bias = bias.defined() ? data(bias) : nullptr;
-  s.relu = relu;
-  s.c = c.mutable_data_ptr();
-  s.c_row = c.stride(0);
-  s.rows = a.size(0);
-  s.inner = a.size(1);
-  s.columns = b.size(1);
+  describe(&s, c, {a, false}, {b, false}, bias, relu);
   const Tensor workspace = pool::empty({num_threads() * cpu::row_product().workspace(s)}, at::kByte);
   s.workspace = workspace.mutable_data_ptr();
   cpu::row_product().multiply(s);
@@ -188,15 +179,18 @@ MaskedGradient mask_gradient(const Tensor& dy, const OptionalTensor& y, bool nee
 
 Tensor product(const Tensor& a, const Tensor& b) {
   const Tensor out = pool::empty({a.size(0), b.size(1)}, a.scalar_type());
-  if (out.numel() == 0 || try_small_product(out, a, b, Tensor(), false)) return out;
-  gemm_out(out, a, b);
+  if (out.numel() > 0 && !try_small_product(out, a, b, Tensor(), false)) gemm_out(out, a, b);
   return out;
 }
 
+void row_product_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+  if (out.numel() == 0 || try_row_product(out, a, b, Tensor(), false)) return;
+  if (!try_small_product(out, a, b, Tensor(), false)) gemm_out(out, a, b);
+}
+
 Tensor row_product(const Tensor& a, const Tensor& b) {
-  if (!backend::batch_invariant()) return product(a, b);
   const Tensor out = pool::empty({a.size(0), b.size(1)}, a.scalar_type());
-  try_row_product(out, a, b, Tensor(), false);
+  row_product_out(out, a, b);
   return out;
 }
 

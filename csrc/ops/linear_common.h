@@ -34,9 +34,12 @@ bool try_row_product(const Tensor& c, const Tensor& a, const Tensor& b, const Te
 // rows.
 Tensor linear_definition(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
 
-// a b, and a^T b, into pooled memory. row_product: a's rows are tokens, and try_row_product is asked first.
-Tensor product(const Tensor& a, const Tensor& b);
+// a b where a's rows are tokens: try_row_product is asked first. The second writes pooled memory.
+void row_product_out(const Tensor& out, const Tensor& a, const Tensor& b);
 Tensor row_product(const Tensor& a, const Tensor& b);
+
+// a b, and a^T b, into pooled memory.
+Tensor product(const Tensor& a, const Tensor& b);
 Tensor product_of_turned(const Tensor& a, const Tensor& b);
 
 // input as (rows, features): a view where its layout allows one.

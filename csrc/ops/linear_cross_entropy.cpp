@@ -103,7 +103,7 @@ class Walk {
       compute_logits(x, z);
       rows_.forward(z, first, part(loss, first), whole ? softmax : softmax.narrow(1, 0, x.size(0)),
                     needs_.any() ? z : Tensor(), scale, part(row_scale, first));
-      if (needs_.input) multiply(part(g.input, first), z, weight_);
+      if (needs_.input) row_product_out(part(g.input, first), z, weight_);
       if (whole && needs_.weight && try_small_weight_gradient(z, x, &g)) continue;
       if (needs_.weight) add_weight_gradient(z, x, first == 0, !whole);
       if (needs_.bias) add_bias_gradient(z);
@@ -111,12 +111,6 @@ class Walk {
     if (needs_.weight && !g.weight.defined()) g.weight = n == 0 ? at::zeros_like(weight_) : finished_weight(dtype);
     if (needs_.bias && !g.bias.defined()) g.bias = finished_bias();
     return g;
-  }
-
-  static void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-    if (out.numel() > 0 && !try_row_product(out, a, b, Tensor(), false) &&
-        !try_small_product(out, a, b, Tensor(), false))
-      gemm_out(out, a, b);
   }
 
   void compute_logits(const Tensor& x, const Tensor& z) const {

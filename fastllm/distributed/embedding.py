@@ -26,12 +26,11 @@ class _Embedding(torch.autograd.Function):
     ) -> Tensor:
         mine, place = shard.here(ids)
         skipped = ~mine if padding_idx is None else ~mine | (ids == padding_idx)
-        ctx.save_for_backward(place.masked_fill_(skipped, shard.size))
+        ctx.save_for_backward(place.masked_fill(skipped, shard.size))
         ctx.options, ctx.shard = (by_frequency, sparse), shard
         if shard.size == 0:
             output = weight.new_zeros((*ids.shape, weight.shape[1]))
         else:
-            place = shard.here(ids)[1]
             output = F.embedding(place, weight.detach()).masked_fill_(~mine.unsqueeze(-1), 0)
         return shard.sum_(output)
 

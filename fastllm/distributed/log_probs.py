@@ -10,12 +10,10 @@ from fastllm import functional as F
 from fastllm.distributed import shard as shard_module
 from fastllm.distributed.rows import LEAST, Rows
 from fastllm.distributed.shard import Shard, refuse_second_derivative
-from fastllm.functional import LogProbs
+from fastllm.operations import log_probs as checks
 from fastllm.operations.checks import as_rows, check_given, check_linear, checked_indices
 from fastllm.operations.declaration import autocast_to
-
-_checks = F._log_probs
-DIFFERENTIABLE = ("log_prob", "entropy", "lse", "top_log_prob")
+from fastllm.operations.log_probs import DIFFERENTIABLE, LogProbs
 
 
 class _LogProbs(torch.autograd.Function):
@@ -147,13 +145,13 @@ def linear_log_probs(
         dtype = torch.get_autocast_dtype(kind)
         input, linear_weight, linear_bias = (autocast_to(t, dtype, kind) for t in (input, linear_weight, linear_bias))
     check_linear(op, "input", input, "linear_weight", linear_weight, "linear_bias", linear_bias)
-    _checks._check_target(op, input, target)
+    checks.check_target(op, input, target)
     per_token = isinstance(temperature, Tensor)
     if per_token:
-        _checks._check_temperature(op, temperature, target)
+        checks.check_temperature(op, temperature, target)
     if top_ids is not None:
-        _checks._check_top_ids(op, top_ids, target)
-    asked = _checks._asked(op, outputs, top_ids)
+        checks.check_top_ids(op, top_ids, target)
+    asked = checks.asked_fields(op, outputs, top_ids)
     fields = tuple(name for name, ask in zip(LogProbs._fields, asked, strict=True) if ask)
     y = checked_indices(op, target).reshape(-1)
     shard = Shard.of(op, vocab_start, linear_weight.shape[0], group, input.device)
@@ -161,11 +159,8 @@ def linear_log_probs(
     shard.check_ids("target", y, counted)
     if top_ids is not None:
         shard.check_ids("top_ids", as_rows(top_ids), counted[:, None])
-    if per_token and shard_module.may_look(y.device) and (wrong := counted & ~(temperature.reshape(-1) > 0)).any():
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{op}: temperature must be positive, got {float(temperature.reshape(-1)[row])} at position {row}"
-        )
+    if per_token and shard_module.may_look(y.device):
+        checks.check_positive(op, temperature.reshape(-1), counted)
     with torch.autocast(kind, enabled=False):
         found = _LogProbs.apply(
             as_rows(input),

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastllm import functional as F
-from fastllm.distributed.rows import Rows
+from fastllm.distributed.rows import Rows, lse_of
 from fastllm.distributed.shard import Shard, checked_group, refuse_second_derivative, sum_
 from fastllm.operations.checks import (
     check_class_weight,
@@ -84,7 +84,7 @@ class _Losses(torch.autograd.Function):
             b = -spread.factor / spread.classes * g
             a = a - b * spread_sum
         if z_loss != 0.0:
-            a = a + g * (z_loss * (2 * torch.where(largest.isinf(), largest, largest + tail)))
+            a = a + g * (z_loss * (2 * lse_of(largest, tail)))
         grad_target = torch.empty_like(target) if need_target else None
 
         def of_chunk(part: slice, z: Tensor) -> Tensor:

@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.nn import functional as TF
 
 from fastllm.distributed.shard import Shard
-from fastllm.operations.chunks import chunk_rows
+from fastllm.operations.chunks import WORKSPACE, chunk_rows
 from fastllm.operations.declaration import accumulator
 
-WORKSPACE = 80 << 20  # bytes of logits held at once, unless FASTLLM_LOSS_WORKSPACE gives another number
 LEAST = -1e4  # stands for log p of -inf: exp() of it is 0, and 0 times it is 0
 
 
@@ -221,6 +220,11 @@ def _as_ids(numbers: Tensor) -> Tensor:
     return numbers.view(torch.int64) if numbers.dtype == torch.float64 else numbers.view(torch.int32).long()
 
 
+def lse_of(largest: Tensor, tail: Tensor) -> Tensor:
+    """M + T; of a row without a softmax, M."""
+    return torch.where(largest.isinf(), largest, largest + tail)
+
+
 @dataclass
 class Statistics:
     """Of every row, over all processes."""
@@ -245,7 +249,7 @@ class Statistics:
 
     @property
     def lse(self) -> Tensor:
-        return torch.where(self.largest.isinf(), self.largest, self.largest + self.tail)
+        return lse_of(self.largest, self.tail)
 
 
 def _combined(found: dict[str, Tensor], top: Tensor | None) -> Statistics:

@@ -19,6 +19,7 @@ from fastllm.lm.packages import need
 from fastllm.lm.tokenizer import Tokenizer
 from fastllm.models import MLPLanguageModel, TransformerLanguageModel
 from fastllm.models.base import LanguageModel
+from fastllm.operations.checks import is_placed
 
 VERSION = 1
 MODELS = {"mlp": MLPLanguageModel, "transformer": TransformerLanguageModel}
@@ -81,7 +82,7 @@ def fill(targets: dict[str, Tensor], values: dict[str, Tensor], path: str | Path
 
 def _placed_as(target: Tensor, value: Tensor) -> Tensor:
     """A whole tensor, of which this process takes its part where ``target`` is cut over processes."""
-    if not hasattr(target, "device_mesh"):
+    if not is_placed(target):
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from fastllm.lm.processes import Processes
-
-
-def is_cut(tensor: Tensor) -> bool:
-    """Whether processes have parts of it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+from fastllm.operations.checks import is_placed
 
 
 def spread(loss: nn.Module, model: nn.Module, device: torch.device, processes: Processes, cut: str | None) -> nn.Module:
@@ -67,17 +61,17 @@ def alike(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
     """Whole ones and cut ones apart, where there are both."""
     parts: tuple[list, list] = ([], [])
     for parameter in parameters:
-        parts[is_cut(parameter)].append(parameter)
+        parts[is_placed(parameter)].append(parameter)
     return [part for part in parts if part]
 
 
 def clip_(parameters: list[Tensor], longest: float) -> Tensor:
     """Shorten the gradient to ``longest``; its length before."""
     groups = alike(parameters)
-    if len(groups) == 1 and not is_cut(parameters[0]):
+    if len(groups) == 1 and not is_placed(parameters[0]):
         return nn.utils.clip_grad_norm_(parameters, longest)
     norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
-    norm = torch.stack([norm.full_tensor() if is_cut(norm) else norm for norm in norms]).norm()
+    norm = torch.stack([norm.full_tensor() if is_placed(norm) else norm for norm in norms]).norm()
     for group in groups:
         nn.utils.clip_grads_with_norm_(group, longest, norm)
     return norm
@@ -85,14 +79,14 @@ def clip_(parameters: list[Tensor], longest: float) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part."""
-    return tensor.to_local() if is_cut(tensor) else tensor
+    return tensor.to_local() if is_placed(tensor) else tensor
 
 
 def gathered(tensors: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
     """The whole tensors in the first process; no process holds more than one whole tensor that it does not keep."""
     found = {}
     for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if is_cut(tensor) else tensor
+        whole = tensor.full_tensor() if is_placed(tensor) else tensor
         if processes.is_first:
             found[name] = whole
     return found

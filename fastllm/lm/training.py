@@ -18,6 +18,7 @@ from fastllm.lm.options import Options
 from fastllm.lm.processes import ALONE, Processes
 from fastllm.models.base import LanguageModel
 from fastllm.models.sampling import evaluation_mode
+from fastllm.operations.checks import is_placed
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BATCH, _DROPOUT = range(2)  # what random numbers are for
@@ -249,7 +250,7 @@ def _optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
         groups += [{"params": matrices, "weight_decay": options.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     # The fused step needs no temporary tensors of the parameters' size.
     if options.optimizer == "sgd":
-        fused = not any(parallel.is_cut(p) for p in model.parameters())  # DTensor has no fused step of SGD
+        fused = not any(is_placed(p) for p in model.parameters())  # DTensor has no fused step of SGD
         return torch.optim.SGD(groups, lr=options.learning_rate, momentum=options.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
 

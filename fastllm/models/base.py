@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastllm import functional as F
 from fastllm.backends import use_backend
 from fastllm.models import sampling
+from fastllm.operations.checks import is_placed
 
 
 class LanguageModel(nn.Module):
@@ -59,9 +60,9 @@ class LanguageModel(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weight, bias = self._head()
-        if hasattr(weight, "full_tensor"):  # cut over processes: logits are of the whole vocabulary
-            whole: Any = [None if t is None else t.full_tensor() for t in (weight, bias)]
-            weight, bias = whole
+        if is_placed(weight):  # cut over processes: logits are of the whole vocabulary
+            placed: Any = (weight, bias)
+            weight, bias = placed[0].full_tensor(), None if bias is None else placed[1].full_tensor()
         return nn.functional.linear(hidden, weight, bias)
 
     def _on(self, backend: str | None) -> contextlib.AbstractContextManager:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,12 @@ def check_given(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             raise TypeError(f"{op}: {name} must be a tensor, got None")
+
+
+def is_placed(tensor: object) -> bool:
+    """Whether it is a ``DTensor``, of which processes hold parts or copies."""
+    module = sys.modules.get("torch.distributed.tensor")  # without it there is none
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def check_device(op: str, name: str, tensor: Tensor, other: str, device: torch.device) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-GPU_WORKSPACE = 2 << 30  # bytes of logits that linear_cross_entropy holds on a GPU
+WORKSPACE = 80 << 20  # bytes of logits held at once, unless FASTLLM_LOSS_WORKSPACE gives another number
+GPU_WORKSPACE = 2 << 30  # those that linear_cross_entropy holds on a GPU
 ROW_MULTIPLE = 64
 
 

@@ -24,12 +24,11 @@ from torch import Tensor
 from fastllm import eager, invariance
 from fastllm.operations import dense, flops
 from fastllm.operations.checks import as_rows, check_device, checked_indices
-from fastllm.operations.chunks import chunk_rows
+from fastllm.operations.chunks import WORKSPACE, chunk_rows
 from fastllm.operations.cross_entropy import has_contiguous_rows
 from fastllm.operations.declaration import Kernel, Operation, accumulator
 from fastllm.operations.node import chosen_backend, differentiate, is_concrete, needs_grad, same_backend
 
-WORKSPACE = 80 << 20  # bytes of logits held at once, unless FASTLLM_LOSS_WORKSPACE gives another number
 MOST_TOP_IDS = 1024
 
 
@@ -49,7 +48,7 @@ FIELDS = LogProbs._fields
 DIFFERENTIABLE = ("log_prob", "entropy", "lse", "top_log_prob")
 
 
-def _check_values(op: str, target, temperature, top_ids, ignore_index: int, classes: int) -> None:
+def check_values(op: str, target, temperature, top_ids, ignore_index: int, classes: int) -> None:
     """What only the numbers tell. On a GPU the indexing kernels assert the ranges; the host does not wait to look."""
     if not target.is_cpu:
         return
@@ -70,10 +69,15 @@ def _check_values(op: str, target, temperature, top_ids, ignore_index: int, clas
                 f"column {column}"
             )
     if temperature is not None:
-        bad = counted & ~(temperature > 0)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise ValueError(f"{op}: temperature must be positive, got {float(temperature[row])} at position {row}")
+        check_positive(op, temperature, counted)
+
+
+def check_positive(op: str, temperature: Tensor, counted: Tensor) -> None:
+    """ValueError for a temperature of a counted row that is not above 0; both are on the CPU."""
+    bad = counted & ~(temperature > 0)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"{op}: temperature must be positive, got {float(temperature[row])} at position {row}")
 
 
 _ARGUMENTS = "Tensor input, Tensor? weight, Tensor? bias, Tensor target, Tensor? temperature, Tensor? top_ids"
@@ -126,7 +130,7 @@ def _forward(input, weight, bias, target, temperature, top_ids, ignore_index, nu
     options = (ignore_index, number, softcap)
     if weight is None:
         return torch.ops.fastllm.log_probs_rows_forward(input, target, temperature, top_ids, *options, asked)
-    _check_values("linear_log_probs", target, temperature, top_ids, ignore_index, weight.shape[0])
+    check_values("linear_log_probs", target, temperature, top_ids, ignore_index, weight.shape[0])
     walk = _Walk(input, weight, bias, target, temperature, top_ids)
     rows_forward = torch.ops.fastllm.log_probs_rows_forward
     found = [rows_forward(logits, *of_rows, *options, asked) for _, logits, of_rows in walk]
@@ -301,13 +305,13 @@ def apply(
     top_ids: Tensor | None,
 ) -> LogProbs:
     """Check the tensors, bring them to rows, and apply the node. ``input`` holds logits where ``weight`` is None."""
-    _check_target(op, input, target)
+    check_target(op, input, target)
     per_token = isinstance(temperature, Tensor)
     if per_token:
-        _check_temperature(op, temperature, target)
+        check_temperature(op, temperature, target)
     if top_ids is not None:
-        _check_top_ids(op, top_ids, target)
-    asked = _asked(op, outputs, top_ids)
+        check_top_ids(op, top_ids, target)
+    asked = asked_fields(op, outputs, top_ids)
     names = [field for field, ask in zip(FIELDS, asked, strict=True) if ask]
     target = checked_indices(op, target)
     if not kernels:
@@ -315,7 +319,7 @@ def apply(
         if not torch.compiler.is_compiling() and is_concrete(target):
             classes = input.shape[-1] if weight is None else weight.shape[0]
             of_rows = (temperature.reshape(-1) if per_token else None, None if top_ids is None else as_rows(top_ids))
-            _check_values(op, target.reshape(-1), *of_rows, ignore_index, classes)
+            check_values(op, target.reshape(-1), *of_rows, ignore_index, classes)
         return LogProbs(**_definition(input, weight, bias, target, ignore_index, temperature, softcap, names, top_ids))
     x = as_rows(input)
     found = LogProbsNode.apply(
@@ -332,7 +336,7 @@ def apply(
     return LogProbs(**{name: r.reshape(shape) for name, r, shape in zip(names, found, shapes, strict=True)})
 
 
-def _check_target(op: str, input: Tensor, target: Tensor) -> None:
+def check_target(op: str, input: Tensor, target: Tensor) -> None:
     check_device(op, "target", target, "input", input.device)
     if target.shape == input.shape[:-1]:
         return
@@ -343,7 +347,7 @@ def _check_target(op: str, input: Tensor, target: Tensor) -> None:
     )
 
 
-def _check_temperature(op: str, temperature: Tensor, target: Tensor) -> None:
+def check_temperature(op: str, temperature: Tensor, target: Tensor) -> None:
     if not temperature.is_floating_point():
         raise RuntimeError(f"{op}: temperature must be floating point, got a tensor of {temperature.dtype}")
     if temperature.shape != target.shape:
@@ -358,7 +362,7 @@ def _check_temperature(op: str, temperature: Tensor, target: Tensor) -> None:
         )
 
 
-def _check_top_ids(op: str, top_ids: Tensor, target: Tensor) -> None:
+def check_top_ids(op: str, top_ids: Tensor, target: Tensor) -> None:
     if not isinstance(top_ids, Tensor):
         raise TypeError(f"{op}: top_ids must be a tensor or None, got {type(top_ids).__name__}")
     if top_ids.dtype != torch.int64:
@@ -373,7 +377,7 @@ def _check_top_ids(op: str, top_ids: Tensor, target: Tensor) -> None:
     check_device(op, "top_ids", top_ids, "target", target.device)
 
 
-def _asked(op: str, outputs: tuple[str, ...], top_ids: Tensor | None) -> tuple[bool, ...]:
+def asked_fields(op: str, outputs: tuple[str, ...], top_ids: Tensor | None) -> tuple[bool, ...]:
     """Of every field, whether it is asked for."""
     if not isinstance(outputs, (tuple, list)):
         raise TypeError(f"{op}: outputs must be a tuple of names, got {outputs!r}")

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllm import invariance
+from fastllm.operations import dense
 from fastllm.operations.cross_entropy import has_contiguous_rows
 from fastllm.triton.common import ACCUMULATORS, ASSERTING, check_indices, constant, launch
 
@@ -473,11 +474,9 @@ def _stride(incoming: Tensor | None) -> tuple[int]:
 def _walkable(logits: Tensor) -> Tensor:
     """Logits whose rows are contiguous and apart; batch-invariant: each at a 16-byte boundary, from which it is summed."""
     logits = logits if has_contiguous_rows(logits) else logits.contiguous()
-    pieces = 16 // logits.element_size()
-    if not invariance.active() or (logits.data_ptr() % 16 == 0 and logits.stride(0) % pieces == 0):
+    if not invariance.active() or (logits.data_ptr() | logits.stride(0) * logits.element_size()) % 16 == 0:
         return logits
-    rows, classes = logits.shape
-    return logits.new_empty(rows, -(-classes // pieces) * pieces)[:, :classes].copy_(logits)
+    return dense.in_pieces(logits, *logits.shape).copy_(logits)
 
 
 def forward(input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, need_grad):

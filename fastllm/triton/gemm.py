@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastllm import invariance
 from fastllm.triton import INTERPRETED, tuning
 from fastllm.triton.common import launch, multiprocessors
 
@@ -102,8 +103,11 @@ def _matmul(
 def serves(a: Tensor) -> bool:
     """Whether the kernel, rather than PyTorch's library, multiplies operands like ``a``.
 
-    Never on a GPU older than sm_80, for which there are no tiles.
+    Never on a GPU older than sm_80, for which there are no tiles, nor under ``batch_invariant``, for tiles follow the
+    number of rows.
     """
+    if invariance.active():
+        return False
     kind, generation = target(a.device)
     return a.dtype in (torch.bfloat16, torch.float16) and (kind != "cuda" or generation >= 8)
 

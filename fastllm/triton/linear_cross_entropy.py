@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllm import invariance
+from fastllm.operations import dense
 from fastllm.operations.chunks import GPU_WORKSPACE, chunk_rows
 from fastllm.triton.common import ACCUMULATORS, constant, launch
 from fastllm.triton.cross_entropy import NONE, RowLoss
@@ -55,9 +56,7 @@ def _walk(input, linear_weight, linear_bias, rows: RowLoss, incoming, needs) -> 
     one = chunk >= n
     loss = input.new_empty(n, dtype=acc)
     softmax = input.new_empty(2, min(chunk, n), dtype=acc)
-    # Rows of whole pieces of 16 bytes: a library's product by rows that are not is up to four times as slow.
-    pieces = 16 // input.element_size()
-    buffer = input.new_empty(min(chunk, n), -(-classes // pieces) * pieces)[:, :classes]
+    buffer = dense.in_pieces(input, min(chunk, n), classes)
     grad_input = torch.empty_like(input, memory_format=torch.contiguous_format) if need_input else input.new_empty(0)
     grad_weight = (
         input.new_zeros(linear_weight.shape, dtype=dtype if one else acc) if need_weight else input.new_empty(0)

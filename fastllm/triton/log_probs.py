@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastllm.operations.log_probs import _check_values
+from fastllm.operations.log_probs import check_values
 from fastllm.triton.common import ACCUMULATORS, ASSERTING, CHECKED, constant, launch
 from fastllm.triton.cross_entropy import (
     MOST_CLASSES,
@@ -363,7 +363,7 @@ def _prepared(logits: Tensor, target: Tensor, temperature: Tensor | None, top_id
         raise RuntimeError(f"log_probs: the backend triton serves at most 2^30 classes, got {classes}")
     if CHECKED:
         on_host = (None if t is None else t.cpu() for t in (target, temperature, top_ids))
-        _check_values("log_probs", *on_host, ignore_index, classes)
+        check_values("log_probs", *on_host, ignore_index, classes)
     top = 0 if top_ids is None else top_ids.size(1)
     tensors = (target, temperature, top_ids if top else None)
     constants = dict(

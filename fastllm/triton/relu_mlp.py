@@ -24,7 +24,7 @@ def forward(input, weight1, bias1, weight2, bias2):
 
 def _hidden_gradient(grad_output: Tensor, weight2: Tensor, hidden: Tensor, need_bias: bool) -> tuple[Tensor, Tensor]:
     """Masked gradient (M, H) of the hidden layer, and that of its bias if needed (else an empty tensor)."""
-    if not invariance.active() and gemm.serves(hidden) and hidden.numel() > 0 and grad_output.numel() > 0:
+    if gemm.serves(hidden) and hidden.numel() > 0 and grad_output.numel() > 0:
         dz, sums = gemm.product(grad_output, weight2, turned=False, hidden=hidden.contiguous(), sums=need_bias)
         return dz, sums.to(hidden.dtype) if need_bias else hidden.new_empty(0)
     return masked(invariance.product(grad_output, weight2), hidden, need_bias)
